@@ -1,12 +1,23 @@
-# Our sources in upstream's targets. Included once, at the end of ggml/src/CMakeLists.txt, by call site "sources".
+# Our sources in upstream's targets. Included once, by call site "sources", when those targets exist.
 set(TACQ_DIR ${CMAKE_CURRENT_LIST_DIR})
-
-target_sources(ggml-base PRIVATE ${TACQ_DIR}/tacq-quants.c ${TACQ_DIR}/tacq-quants.h ${TACQ_DIR}/tacq-common.h)
-target_include_directories(ggml-base PRIVATE ${TACQ_DIR})
 
 # One CPU library only: GGML_CPU_ALL_VARIANTS makes several, each with its own flags, under other names.
 if (NOT TARGET ggml-cpu)
     message(FATAL_ERROR "tacq: no target ggml-cpu; build with GGML_CPU=ON and GGML_CPU_ALL_VARIANTS=OFF")
 endif()
-target_sources(ggml-cpu PRIVATE ${TACQ_DIR}/tacq-cpu.cpp ${TACQ_DIR}/tacq-cpu.h)
-target_include_directories(ggml-cpu PRIVATE ${TACQ_DIR} ${CMAKE_CURRENT_SOURCE_DIR}/ggml-cpu)
+
+target_sources(ggml-base PRIVATE ${TACQ_DIR}/tacq-quants.c ${TACQ_DIR}/tacq-validate.c)
+target_sources(ggml-cpu  PRIVATE ${TACQ_DIR}/tacq-vec-dot.c ${TACQ_DIR}/tacq-cpu.cpp)
+target_sources(llama     PRIVATE ${TACQ_DIR}/tacq-load.cpp)
+
+# Public: ggml-impl.h includes tacq-types.h, and every backend includes ggml-impl.h.
+target_include_directories(ggml-base PUBLIC $<BUILD_INTERFACE:${TACQ_DIR}>)
+target_include_directories(ggml-cpu  PRIVATE ${PROJECT_SOURCE_DIR}/ggml/src/ggml-cpu)
+
+# Quantization must give the same bytes as numpy everywhere: a fused multiply-add rounds once where numpy rounds twice.
+if (NOT MSVC)
+    set_source_files_properties(${TACQ_DIR}/tacq-quants.c TARGET_DIRECTORY ggml-base
+        PROPERTIES COMPILE_OPTIONS -ffp-contract=off)
+endif()
+# upstream's sources are merged into a few units; ours must not depend on what stands before it there
+set_source_files_properties(${TACQ_DIR}/tacq-load.cpp TARGET_DIRECTORY llama PROPERTIES SKIP_UNITY_BUILD_INCLUSION ON)

@@ -1,0 +1,252 @@
+// Mixed tensors on the CPU: op(mixed, x) = op(base view, x), which upstream's own code computes, + sparse part.
+
+#include "tacq-cpu.h"
+
+#include "ggml-cpu.h"
+#include "ggml-cpu-impl.h"
+#include "ggml-impl.h"
+#include "simd-mappings.h"
+#include "traits.h"
+
+#include <algorithm>
+
+static_assert(TACQ_FORMAT_VERSION == 1 && TACQ_SPARSE_VERSION == 1, "these kernels know version 1 of the sparse section");
+
+// All rows, in their order: the sparse section lies behind the last row and counts rows from the first.
+static bool is_whole(const ggml_tensor * t) {
+    const ggml_tensor * src = t->view_src;
+    return ggml_is_contiguous(t) &&
+        (src == nullptr || (t->view_offs == 0 && src->type == t->type && src->ne[0] == t->ne[0] && ggml_nelements(src) == ggml_nelements(t)));
+}
+
+static const ggml_tensor * mixed_operand(const ggml_tensor * op) {
+    if (tacq_is_mixed(op->type)) {
+        return op;
+    }
+    for (int i = 0; i < GGML_MAX_SRC; i++) {
+        if (op->src[i] && tacq_is_mixed(op->src[i]->type)) {
+            return op->src[i];
+        }
+    }
+    return nullptr;
+}
+
+// views compute nothing; whether the view itself can be used is asked when an op reads it
+static bool is_no_op(const ggml_tensor * op) {
+    return op->op == GGML_OP_NONE || op->op == GGML_OP_VIEW || op->op == GGML_OP_RESHAPE || op->op == GGML_OP_PERMUTE || op->op == GGML_OP_TRANSPOSE;
+}
+
+bool tacq_cpu_supports_op(const ggml_tensor * op) {
+    if (is_no_op(op) || !mixed_operand(op)) {
+        return true;
+    }
+    for (int i = 1; i < GGML_MAX_SRC; i++) {
+        if (op->src[i] && tacq_is_mixed(op->src[i]->type)) {
+            return false;
+        }
+    }
+    if (op->type != GGML_TYPE_F32 || !is_whole(op->src[0])) {
+        return false;
+    }
+    switch (op->op) {
+        case GGML_OP_MUL_MAT:
+            // with this hint upstream transforms the activations and never reads the weights
+            return op->src[1]->type == GGML_TYPE_F32 && ggml_get_op_params_i32(op, 1) != GGML_HINT_SRC0_IS_HADAMARD;
+        case GGML_OP_MUL_MAT_ID:
+            return op->src[1]->type == GGML_TYPE_F32;
+        case GGML_OP_GET_ROWS:
+            return op->src[1]->type == GGML_TYPE_I32;
+        default:
+            return false;
+    }
+}
+
+// `op` with its mixed weights replaced by a view of their base section
+struct base_op {
+    ggml_tensor weights;
+    ggml_tensor op;
+
+    explicit base_op(const ggml_tensor * mixed_op) : weights(*mixed_op->src[0]), op(*mixed_op) {
+        weights.type  = tacq_base_type(weights.type);
+        weights.nb[0] = ggml_type_size(weights.type);
+        weights.nb[1] = ggml_row_size(weights.type, weights.ne[0]);
+        weights.nb[2] = weights.nb[1]*weights.ne[1];
+        weights.nb[3] = weights.nb[2]*weights.ne[2];
+        op.src[0] = &weights;
+    }
+};
+
+// The loader has checked the whole section; this costs nothing and stops tensors that came another way (RPC, the C API).
+static tacq_sparse sparse_part(const ggml_tensor * t) {
+    const size_t n_blocks = ggml_nelements(t)/QK_TACQ;
+    const size_t size     = n_blocks*tacq_sparse_bytes(t->type);
+    const size_t n_rows   = ggml_nrows(t);
+    GGML_ASSERT(size >= sizeof(tacq_sparse_header) + 4*(n_rows + 1) && "tacq: sparse section is too small for the rows of the tensor");
+    const tacq_sparse s = tacq_sparse_parts((const char *) t->data + n_blocks*tacq_base_bytes(t->type));
+    if (s.header.magic != TACQ_SPARSE_MAGIC || s.header.version != TACQ_SPARSE_VERSION || s.header.n_rows != n_rows ||
+        sizeof(tacq_sparse_header) + 4*(n_rows + 1) + 4*(size_t) s.header.nnz > size) {
+        GGML_ABORT("tacq: tensor '%s' (%s) has no valid sparse section for %zu rows", t->name, ggml_type_name(t->type), n_rows);
+    }
+    return s;
+}
+
+// sum of value * x[column] over the kept weights of one row
+static float dot_row(const tacq_sparse & s, uint32_t begin, uint32_t end, const float * x) {
+    float sum = 0.0f;
+    for (uint32_t i = begin; i < end; i++) {
+        sum += GGML_CPU_FP16_TO_FP32(s.values[i])*x[s.columns[i]];
+    }
+    return sum;
+}
+
+// this thread's share [first, last) of n rows
+static void share(const ggml_compute_params * params, int64_t n, int64_t & first, int64_t & last) {
+    const int64_t each = (n + params->nth - 1)/params->nth;
+    first = std::min(each*params->ith, n);
+    last  = std::min(first + each, n);
+}
+
+static void add_sparse_mul_mat(const ggml_compute_params * params, ggml_tensor * dst, const tacq_sparse & s) {
+    const ggml_tensor * src0 = dst->src[0];
+    const ggml_tensor * src1 = dst->src[1];
+
+    GGML_TENSOR_BINARY_OP_LOCALS
+
+    const int64_t r2 = ne12/ne02; // broadcast factors, as in upstream's mul_mat
+    const int64_t r3 = ne13/ne03;
+
+    int64_t first, last;
+    share(params, ne01, first, last);
+
+    for (int64_t i13 = 0; i13 < ne13; i13++) {
+        for (int64_t i12 = 0; i12 < ne12; i12++) {
+            const int64_t plane = (i13/r3)*ne02 + i12/r2;
+            for (int64_t i01 = first; i01 < last; i01++) {
+                const uint32_t begin = tacq_row_begin(&s, plane*ne01 + i01);
+                const uint32_t end   = tacq_row_begin(&s, plane*ne01 + i01 + 1);
+                for (int64_t i11 = 0; i11 < ne11 && begin < end; i11++) {
+                    const float * x = (const float *) ((const char *) src1->data + i11*nb11 + i12*nb12 + i13*nb13);
+                    float       * y = (float *) ((char *) dst->data + i01*nb0 + i11*nb1 + i12*nb2 + i13*nb3);
+                    *y += dot_row(s, begin, end, x);
+                }
+            }
+        }
+    }
+}
+
+static void add_sparse_mul_mat_id(const ggml_compute_params * params, ggml_tensor * dst, const tacq_sparse & s) {
+    const ggml_tensor * src0 = dst->src[0];
+    const ggml_tensor * src1 = dst->src[1];
+    const ggml_tensor * ids  = dst->src[2];
+
+    GGML_TENSOR_BINARY_OP_LOCALS
+
+    int64_t first, last;
+    share(params, ne01, first, last);
+
+    for (int64_t token = 0; token < ids->ne[1]; token++) {
+        for (int64_t id = 0; id < ids->ne[0]; id++) {
+            const int32_t expert = *(const int32_t *) ((const char *) ids->data + token*ids->nb[1] + id*ids->nb[0]);
+            GGML_ASSERT(expert >= 0 && expert < ne02);
+            const float * x = (const float *) ((const char *) src1->data + (id % ne11)*nb11 + token*nb12);
+            float       * y = (float *) ((char *) dst->data + id*nb1 + token*nb2);
+            for (int64_t i01 = first; i01 < last; i01++) {
+                const int64_t row = expert*ne01 + i01;
+                y[i01] += dot_row(s, tacq_row_begin(&s, row), tacq_row_begin(&s, row + 1), x);
+            }
+        }
+    }
+}
+
+static void add_sparse_get_rows(const ggml_compute_params * params, ggml_tensor * dst, const tacq_sparse & s) {
+    const ggml_tensor * src0 = dst->src[0];
+    const ggml_tensor * src1 = dst->src[1];
+
+    GGML_TENSOR_BINARY_OP_LOCALS
+
+    int64_t first, last;
+    share(params, ggml_nelements(src1), first, last);
+
+    for (int64_t i = first; i < last; i++) {
+        const int64_t i12 = i/(ne11*ne10);
+        const int64_t i11 = (i - i12*ne11*ne10)/ne10;
+        const int64_t i10 = i - i12*ne11*ne10 - i11*ne10;
+        const int64_t i01 = *(const int32_t *) ((const char *) src1->data + i10*nb10 + i11*nb11 + i12*nb12);
+        const int64_t row = (i12*ne02 + i11)*ne01 + i01;
+        float * y = (float *) ((char *) dst->data + i10*nb1 + i11*nb2 + i12*nb3);
+        for (uint32_t j = tacq_row_begin(&s, row); j < tacq_row_begin(&s, row + 1); j++) {
+            y[s.columns[j]] += GGML_CPU_FP16_TO_FP32(s.values[j]);
+        }
+    }
+}
+
+namespace ggml::cpu::tacq {
+
+class tensor_traits : public ggml::cpu::tensor_traits {
+    bool work_size(int n_threads, const ggml_tensor * op, size_t & size) override {
+        size = 0;
+        if (!is_no_op(op) && tacq_cpu_supports_op(op)) {
+            base_op base(op);
+            ggml_tensor * node = &base.op;
+            ggml_cgraph graph = {};
+            graph.n_nodes = 1;
+            graph.nodes   = &node;
+            size = ggml_graph_plan(&graph, n_threads, nullptr).work_size; // upstream's own formulas
+        }
+        return true;
+    }
+
+    bool compute_forward(ggml_compute_params * params, ggml_tensor * op) override {
+        if (!tacq_cpu_supports_op(op)) {
+            const ggml_tensor * t = mixed_operand(op);
+            GGML_ABORT("tacq: %s cannot use tensor '%s' of type %s: only MUL_MAT, MUL_MAT_ID and GET_ROWS with a whole mixed tensor "
+                "as weights, F32 activations and F32 result are implemented", ggml_op_desc(op), t->name, ggml_type_name(t->type));
+        }
+        const tacq_sparse s = sparse_part(op->src[0]);
+        base_op base(op);
+        tacq_cpu_compute(params, &base.op);
+        ggml_barrier(params->threadpool); // upstream splits the result among the threads in its own way
+        switch (op->op) {
+            case GGML_OP_MUL_MAT:    add_sparse_mul_mat   (params, op, s); break;
+            case GGML_OP_MUL_MAT_ID: add_sparse_mul_mat_id(params, op, s); break;
+            default:                 add_sparse_get_rows  (params, op, s); break;
+        }
+        return true;
+    }
+};
+
+class extra_buffer_type : public ggml::cpu::extra_buffer_type {
+    // no tensor is ever put into this buffer type: mixed tensors stay where the file was mapped
+    bool supports_op(ggml_backend_dev_t, const ggml_tensor *) override { return false; }
+
+    ggml::cpu::tensor_traits * get_tensor_traits(const ggml_tensor * op) override {
+        static tensor_traits traits;
+        return !is_no_op(op) && mixed_operand(op) ? &traits : nullptr;
+    }
+};
+
+} // namespace ggml::cpu::tacq
+
+static const char * buffer_type_name(ggml_backend_buffer_type_t) { return "CPU_TACQ"; }
+
+// never called with a size: supports_op refuses every tensor (ggml makes empty buffers itself)
+static ggml_backend_buffer_t buffer_type_alloc(ggml_backend_buffer_type_t, size_t) { return nullptr; }
+
+static size_t buffer_type_alignment(ggml_backend_buffer_type_t) { return GGML_MEM_ALIGN; }
+
+ggml_backend_buffer_type_t tacq_cpu_buffer_type(void) {
+    static ggml::cpu::tacq::extra_buffer_type context;
+    static ggml_backend_buffer_type buffer_type = {
+        /* .iface    = */ {
+            /* .get_name       = */ buffer_type_name,
+            /* .alloc_buffer   = */ buffer_type_alloc,
+            /* .get_alignment  = */ buffer_type_alignment,
+            /* .get_max_size   = */ nullptr,
+            /* .get_alloc_size = */ nullptr,
+            /* .is_host        = */ nullptr,
+        },
+        /* .device  = */ ggml_backend_reg_dev_get(ggml_backend_cpu_reg(), 0),
+        /* .context = */ &context,
+    };
+    return &buffer_type;
+}
