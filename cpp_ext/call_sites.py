@@ -242,4 +242,23 @@ CALL_SITES = [
         where="after",
         insert="    GGML_TYPE_TACQ2, GGML_TYPE_TACQ3, GGML_TYPE_TACQ4,\n",
     ),
+    CallSite(
+        name="quantization error limits",
+        file="tests/test-quantize-fns.cpp",
+        inside="static int test_vec_dot_q(bool verbose) {\n",
+        anchor="                type == GGML_TYPE_Q2_K    ? MAX_QUANTIZATION_TOTAL_ERROR_2BITS :\n",
+        where="before",
+        insert=(
+            "                type == GGML_TYPE_TACQ2   ? MAX_QUANTIZATION_TOTAL_ERROR_2BITS : // measured 0.0048\n"
+            "                type == GGML_TYPE_TACQ3   ? MAX_QUANTIZATION_TOTAL_ERROR_3BITS : // measured 0.0026\n"
+        ),
+    ),
+    CallSite(
+        name="dot product error limits",
+        file="tests/test-quantize-fns.cpp",
+        inside="static int test_vec_dot_q(bool verbose) {\n",
+        anchor="                ? MAX_DOT_PRODUCT_ERROR_LOWBIT\n",
+        where="after",
+        insert="                : type == GGML_TYPE_TACQ2 || type == GGML_TYPE_TACQ3 ? MAX_DOT_PRODUCT_ERROR_LOWBIT // measured 0.0066, 0.0201\n",
+    ),
 ]
