@@ -1,0 +1,146 @@
+"""Quantize all matrices of a loaded model: Hessians part by part, GPTQ, bytes into the work folder."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+from .collect_hessians import collect_hessians, group_by_input, split_by_memory
+from .config import BASE_TYPES, ExportConfig
+from .fit_groups import dequantize_groups, round_to_nearest
+from .load_model import LinkedTensor, LoadedModel
+from .pack_tensor import QuantizedTensor, dequantize_tensor, pack_tensor
+from .quantize_gptq import GptqResult, inverse_hessian_cholesky, quantize_gptq
+from .reporting import Reporter
+from .select_weights import TensorSelection
+from .sparse_section import KeptWeights
+from .tensor_types import TYPES_BY_NAME, TensorType
+from .workdir import WorkDir
+
+# Hessians held at once; more matrices than fit take further passes over the calibration texts.
+HESSIAN_BYTES = 4e9
+
+
+def to_gguf_rows(matrix: torch.Tensor, tensor: LinkedTensor) -> torch.Tensor:
+    """A matrix in torch's row order, in the order of the GGUF tensor's rows."""
+    return matrix if tensor.rows is None else matrix[tensor.rows.to(matrix.device)]
+
+
+def pack_result(tensor: LinkedTensor, tensor_type: TensorType, result: GptqResult, mask: torch.Tensor | None) -> np.ndarray:
+    """uint8 bytes of a quantized matrix; mask: bool [rows, columns] of kept weights for a mixed type."""
+    kept = None
+    if tensor_type.p:
+        rows, columns = to_gguf_rows(mask, tensor).nonzero(as_tuple=True)
+        row_ptr = np.zeros(tensor.shape[0] + 1, dtype=np.uint32)
+        row_ptr[1:] = torch.bincount(rows, minlength=tensor.shape[0]).cumsum(0).cpu().numpy()
+        values = to_gguf_rows(result.kept_values, tensor)[rows, columns]
+        kept = KeptWeights(row_ptr, columns.cpu().numpy().astype(np.uint16), values.cpu().numpy().astype(np.float16))
+    codes, scale_bytes = (to_gguf_rows(x, tensor).cpu().numpy() for x in (result.codes, result.scale_bytes))
+    return pack_tensor(QuantizedTensor(tensor_type, codes, scale_bytes, kept))
+
+
+def kept_mask(selection: TensorSelection, tensor: LinkedTensor) -> torch.Tensor | None:
+    """bool [rows, columns] of the kept weights, None if the tensor keeps none."""
+    if selection.type.p == 0:
+        return None
+    mask = torch.zeros(tensor.shape[0] * tensor.shape[1], dtype=torch.bool)
+    mask[selection.kept] = True
+    return mask.reshape(tensor.shape).to(tensor.weight.device)
+
+
+def quantize_linear(
+    loaded: LoadedModel, texts: Sequence[Sequence[int]], selection: dict[str, TensorSelection], config: ExportConfig,
+    work: WorkDir, reporter: Reporter,
+) -> None:  # fmt: skip
+    """GPTQ for every matrix of the blocks, with its kept weights exact, into the work folder."""
+    missing = [t for t in loaded.linear if not work.has_tensor(t.name)]
+
+    def finish(tensor: LinkedTensor, hessian: torch.Tensor, upper: torch.Tensor) -> None:
+        started = time.monotonic()
+        chosen = selection[tensor.name]
+        mask = kept_mask(chosen, tensor)
+        result = quantize_gptq(chosen.type.bits, tensor.weight, hessian, mask, config.damping, tensor.name, upper)
+        data = pack_result(tensor, chosen.type, result, mask)
+        facts = {"type": chosen.type.name, "error": result.error, "kept": len(chosen.kept), "selected": chosen.selected}
+        work.save_tensor(tensor.name, data, facts)
+        rows, columns = tensor.shape
+        reporter.say(
+            f"{tensor.name:<28} {rows:>6} x {columns:<6} {chosen.type.name:<10} error {result.error:.4f}  "
+            f"kept {len(chosen.kept):>7} ({100 * len(chosen.kept) / (rows * columns):.2f} %)  {time.monotonic() - started:5.1f} s"
+        )
+
+    _for_each_hessian(loaded, missing, texts, config.damping, finish, reporter)
+
+
+def _for_each_hessian(
+    loaded: LoadedModel, tensors: Sequence[LinkedTensor], texts: Sequence[Sequence[int]], damping: float,
+    visit: Callable[[LinkedTensor, torch.Tensor, torch.Tensor], None], reporter: Reporter,
+) -> None:  # fmt: skip
+    """visit(tensor, hessian, inverse Cholesky) for every tensor, in the order in which the model runs them."""
+    if not tensors:
+        return
+    parts = split_by_memory(group_by_input(loaded.model, tensors, texts[0]), HESSIAN_BYTES)
+    total, done = len(tensors), 0
+    for i, part in enumerate(parts):
+        what = "Hessians" if len(parts) == 1 else f"Hessians {i + 1}/{len(parts)}"
+        hessians = collect_hessians(loaded.model, part, texts, reporter, what)
+        reporter.progress(done, total, "quantizing")
+        for k, group in enumerate(part):
+            upper = inverse_hessian_cholesky(hessians[k], damping, group[0].name)
+            for tensor in group:
+                visit(tensor, hessians[k], upper)
+                done += 1
+                reporter.progress(done, total, "quantizing")
+            hessians[k] = None  # the next ones need the memory
+
+
+def rounding_error(bits: int) -> Callable[[LinkedTensor], torch.Tensor]:
+    """W - Q(W) by plain rounding."""
+
+    def error(tensor: LinkedTensor) -> torch.Tensor:
+        return tensor.weight - dequantize_groups(bits, *round_to_nearest(bits, tensor.weight))
+
+    return error
+
+
+def gptq_error(bits: int, loaded: LoadedModel, texts: Sequence[Sequence[int]], damping: float, reporter: Reporter) -> Callable[[LinkedTensor], torch.Tensor]:
+    """W - Q(W) by GPTQ without kept weights, computed for all matrices at once and held as F16."""
+    errors: dict[str, torch.Tensor] = {}
+
+    def visit(tensor: LinkedTensor, hessian: torch.Tensor, upper: torch.Tensor) -> None:
+        result = quantize_gptq(bits, tensor.weight, hessian, None, damping, tensor.name, upper)
+        errors[tensor.name] = (tensor.weight - dequantize_groups(bits, result.codes, result.scale_bytes)).half()
+
+    _for_each_hessian(loaded, loaded.linear, texts, damping, visit, reporter)
+    return lambda tensor: errors.pop(tensor.name).float()
+
+
+def quantize_embeddings(loaded: LoadedModel, config: ExportConfig, work: WorkDir, reporter: Reporter) -> None:
+    """The token embedding and the head, by plain rounding, where they get one of our types."""
+    for tensor, type_name in embedding_types(loaded, config):
+        if type_name not in BASE_TYPES or work.has_tensor(tensor.name):
+            continue
+        started = time.monotonic()
+        tensor_type = TYPES_BY_NAME[type_name.upper()]
+        weight = to_gguf_rows(tensor.weight, tensor)
+        rows_at_once = max(1, (1 << 22) // weight.shape[1])
+        pieces, wrong = [], 0.0
+        slices = [slice(a, a + rows_at_once) for a in range(0, weight.shape[0], rows_at_once)]
+        for rows in reporter.track(slices, "embedding"):
+            codes, scale_bytes = (x.cpu().numpy() for x in round_to_nearest(tensor_type.bits, weight[rows]))
+            pieces.append(pack_tensor(QuantizedTensor(tensor_type, codes, scale_bytes)))
+            values = dequantize_tensor(tensor_type, pieces[-1], *codes.shape, tensor.name)
+            wrong += float((weight[rows].cpu() - torch.from_numpy(values)).double().square().sum())
+        error = wrong / max(float(weight.double().square().sum()), 1e-30)
+        work.save_tensor(tensor.name, np.concatenate(pieces), {"type": tensor_type.name, "error": error, "kept": 0, "selected": 0})
+        rows, columns = tensor.shape
+        reporter.say(f"{tensor.name:<28} {rows:>6} x {columns:<6} {tensor_type.name:<10} error {error:.4f}  {'':24}{time.monotonic() - started:5.1f} s")
+
+
+def embedding_types(loaded: LoadedModel, config: ExportConfig) -> list[tuple[LinkedTensor, str]]:
+    """(tensor, type asked for) of the embedding and, where it has a matrix of its own, the head."""
+    pairs = [(loaded.embedding, config.token_embedding_type)]
+    return pairs + [(loaded.head, config.output_tensor_type)] if loaded.head else pairs

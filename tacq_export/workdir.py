@@ -1,0 +1,107 @@
+"""Unfinished work of an export on disk: what was selected, and each tensor's bytes as soon as they are final.
+
+    state.json            what this work is of; --resume goes on only with the very same
+    reference-f16.gguf    the model before quantization (load_model.py)
+    selection.pt          kept weights of every tensor
+    tensors/NAME.bin      bytes of a finished tensor, with its error and count in NAME.json
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from .config import ExportConfig
+from .errors import TacqError
+from .select_weights import TensorSelection
+from .tensor_types import FORMAT_VERSION, TYPES_BY_NAME
+from .write_gguf import written_atomically
+
+
+class WorkDir:
+    """The work folder of one export. `open` makes it, or takes an earlier one up again."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    @classmethod
+    def open(cls, config: ExportConfig) -> WorkDir:
+        """Raises TacqError if --resume finds no earlier work or the work of other options, or a named folder holds other files."""
+        path = config.workdir
+        state = {"format_version": FORMAT_VERSION, "model": _identity(config.model), "task": _sha256(config.task), "options": config.fingerprint()}
+        marker = path / "state.json"
+        if config.resume:
+            if not marker.is_file():
+                raise TacqError(f"There is no unfinished export in {path}; run without --resume.")
+            earlier = json.loads(marker.read_text())
+            if earlier != state:
+                before, now = _flat(earlier), _flat(state)
+                what = next(key for key in now | before if before.get(key) != now.get(key))
+                raise TacqError(f"The unfinished export in {path} is another one ({what}: then {before.get(what)}, now {now.get(what)}); run without --resume.")
+            return cls(path)
+        if path.exists() and not marker.is_file() and (not path.is_dir() or any(path.iterdir())):
+            raise TacqError(f"{path} exists and is no work folder of tacq-export; give another with --workdir.")
+        shutil.rmtree(path, ignore_errors=True)
+        try:
+            (path / "tensors").mkdir(parents=True)
+            marker.write_text(json.dumps(state, indent=1))
+        except OSError as error:
+            raise TacqError(f"The work folder {path} cannot be made ({error.strerror}); give another with --workdir.") from None
+        return cls(path)
+
+    def load_selection(self) -> dict[str, TensorSelection] | None:
+        """What `save_selection` saved, None if it was not reached."""
+        path = self.path / "selection.pt"
+        if not path.is_file():
+            return None
+        return {name: TensorSelection(TYPES_BY_NAME[t], kept.long(), n) for name, (t, kept, n) in torch.load(path, weights_only=True).items()}
+
+    def save_selection(self, selection: dict[str, TensorSelection]) -> None:
+        plain = {name: (s.type.name, s.kept.to(torch.int32) if s.kept.numel() == 0 or int(s.kept.max()) < 2**31 else s.kept, s.selected)
+                 for name, s in selection.items()}  # fmt: skip
+        with written_atomically(self.path / "selection.pt") as partial:
+            torch.save(plain, partial)
+
+    def has_tensor(self, name: str) -> bool:
+        return self._file(name, ".json").is_file()
+
+    def save_tensor(self, name: str, data: np.ndarray, facts: dict) -> None:
+        """The tensor's bytes first, its facts (which mark it as finished) last."""
+        with written_atomically(self._file(name, ".bin")) as partial:
+            data.tofile(partial)
+        with written_atomically(self._file(name, ".json")) as partial:
+            partial.write_text(json.dumps(facts))
+
+    def load_tensor(self, name: str) -> np.ndarray:
+        """uint8 bytes of a finished tensor."""
+        return np.fromfile(self._file(name, ".bin"), dtype=np.uint8)
+
+    def load_facts(self, name: str) -> dict:
+        return json.loads(self._file(name, ".json").read_text())
+
+    def remove(self) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def _file(self, name: str, ending: str) -> Path:
+        return self.path / "tensors" / (name + ending)
+
+
+def _flat(state: dict) -> dict:
+    return {key: value for key, value in state.items() if key != "options"} | state.get("options", {})
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _identity(model: str) -> list:
+    """Name, size and date of the model's files: enough to notice another checkpoint without reading gigabytes."""
+    path = Path(model)
+    files = [path] if path.is_file() else sorted(p for p in path.glob("*") if p.is_file()) if path.is_dir() else []
+    return [model] + [[os.path.basename(p), p.stat().st_size, int(p.stat().st_mtime)] for p in files]
