@@ -77,15 +77,21 @@ struct base_op {
 };
 
 // The loader has checked the whole section; this costs nothing and stops tensors that came another way (RPC, the C API).
-static tacq_sparse sparse_part(const ggml_tensor * t) {
+static tacq_sparse sparse_part(const ggml_compute_params * params, const ggml_tensor * t) {
     const size_t n_blocks = ggml_nelements(t)/QK_TACQ;
     const size_t size     = n_blocks*tacq_sparse_bytes(t->type);
     const size_t n_rows   = ggml_nrows(t);
-    GGML_ASSERT(size >= sizeof(tacq_sparse_header) + 4*(n_rows + 1) && "tacq: sparse section is too small for the rows of the tensor");
-    const tacq_sparse s = tacq_sparse_parts((const char *) t->data + n_blocks*tacq_base_bytes(t->type));
+    const size_t fixed    = sizeof(tacq_sparse_header) + 4*(n_rows + 1);
+    tacq_sparse s = {};
+    if (size >= fixed) {
+        s = tacq_sparse_parts((const char *) t->data + n_blocks*tacq_base_bytes(t->type));
+    }
     if (s.header.magic != TACQ_SPARSE_MAGIC || s.header.version != TACQ_SPARSE_VERSION || s.header.n_rows != n_rows ||
-        sizeof(tacq_sparse_header) + 4*(n_rows + 1) + 4*(size_t) s.header.nnz > size) {
-        GGML_ABORT("tacq: tensor '%s' (%s) has no valid sparse section for %zu rows", t->name, ggml_type_name(t->type), n_rows);
+        fixed + 4*(size_t) s.header.nnz > size) {
+        if (params->ith > 0) {
+            ggml_barrier(params->threadpool); // one thread ends the process; several at once block each other in the backtrace
+        }
+        GGML_ABORT("tacq: tensor '%s' of type %s has no valid sparse section for %zu rows", t->name, ggml_type_name(t->type), n_rows);
     }
     return s;
 }
@@ -183,26 +189,25 @@ static void add_sparse_get_rows(const ggml_compute_params * params, ggml_tensor 
 namespace ggml::cpu::tacq {
 
 class tensor_traits : public ggml::cpu::tensor_traits {
+    // Planning runs on one thread and before any op is computed, so this is where an op that is not implemented ends.
     bool work_size(int n_threads, const ggml_tensor * op, size_t & size) override {
-        size = 0;
-        if (!is_no_op(op) && tacq_cpu_supports_op(op)) {
-            base_op base(op);
-            ggml_tensor * node = &base.op;
-            ggml_cgraph graph = {};
-            graph.n_nodes = 1;
-            graph.nodes   = &node;
-            size = ggml_graph_plan(&graph, n_threads, nullptr).work_size; // upstream's own formulas
-        }
-        return true;
-    }
-
-    bool compute_forward(ggml_compute_params * params, ggml_tensor * op) override {
         if (!tacq_cpu_supports_op(op)) {
             const ggml_tensor * t = mixed_operand(op);
             GGML_ABORT("tacq: %s cannot use tensor '%s' of type %s: only MUL_MAT, MUL_MAT_ID and GET_ROWS with a whole mixed tensor "
                 "as weights, F32 activations and F32 result are implemented", ggml_op_desc(op), t->name, ggml_type_name(t->type));
         }
-        const tacq_sparse s = sparse_part(op->src[0]);
+        base_op base(op);
+        ggml_tensor * node = &base.op;
+        ggml_cgraph graph = {};
+        graph.n_nodes = 1;
+        graph.nodes   = &node;
+        size = ggml_graph_plan(&graph, n_threads, nullptr).work_size; // upstream's own formulas
+        return true;
+    }
+
+    bool compute_forward(ggml_compute_params * params, ggml_tensor * op) override {
+        GGML_ASSERT(tacq_cpu_supports_op(op));
+        const tacq_sparse s = sparse_part(params, op->src[0]);
         base_op base(op);
         tacq_cpu_compute(params, &base.op);
         ggml_barrier(params->threadpool); // upstream splits the result among the threads in its own way
