@@ -225,6 +225,15 @@ CALL_SITES = [
         where="before",
         insert="        tacq_check_quantize(tensor, metadata[i].target_type);\n",
     ),
+    # -- common: what a person reads -----------------------------------------------------------------------------------
+    CallSite(
+        name="log at exit",
+        file="common/log.cpp",
+        inside="struct common_log * common_log_main() {\n",
+        anchor="        log->set_colors(tty_can_use_colors());\n",
+        where="after",
+        insert="        atexit([]() { log->pause(); }); // else a program that refuses a file and ends may lose the line that says why\n",
+    ),
     # -- upstream's own tests ------------------------------------------------------------------------------------------
     CallSite(
         name="test all_types",
