@@ -24,7 +24,7 @@ from transformers.utils import logging as transformers_logging
 from .errors import TacqError
 from .reporting import Reporter
 from .runtime_source import need_space, source_tree
-from .tensor_types import BLOCK_SIZE
+from .tensor_types import BLOCK_SIZE, TYPES_BY_ID
 from .write_gguf import dequantize_gguf, field_value, numpy_shape, open_gguf, tensor_values, written_atomically
 
 EMBEDDING, HEAD = "token_embd.weight", "output.weight"
@@ -91,26 +91,42 @@ def load_model(source: str, workdir: Path, device: str, reporter: Reporter) -> L
     transformers_logging.disable_progress_bar()
     target = pick_device(device)
     reference_path = workdir / "reference-f16.gguf"
-    path = Path(source)
-    if path.is_file():
-        model, tokenizer = _load_from_gguf(path, reference_path, reporter)
-    else:
-        model, tokenizer = _load_from_hugging_face(source, reference_path, reporter)
+    folder = make_reference(source, reference_path, reporter)
+    model, tokenizer = _load_from_hugging_face(folder, reporter) if folder else _load_from_gguf(reference_path, reporter)
     model.eval().requires_grad_(False)
     reference = open_gguf(reference_path)
     linear, embedding, head = link_tensors(model, reference)
     return LoadedModel(model.to(target), tokenizer, reference, reference_path, linear, embedding, head)
 
 
-def _load_from_gguf(path: Path, reference_path: Path, reporter: Reporter) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def make_reference(source: str, reference_path: Path, reporter: Reporter) -> Path | None:
+    """Write the float GGUF of a model to `reference_path`; returns the model's folder if it is a Hugging Face one.
+
+    Raises TacqError for a source that is neither, holds no model, is a TACQ file, or cannot be converted.
+    """
+    path = Path(source)
+    if path.is_file():
+        _dequantize_to_f16(path, reference_path, reporter)
+        return None
+    folder = path if path.is_dir() else _fetch_from_hub(source, reporter)
+    if not (folder / "config.json").is_file():
+        raise TacqError(f"{folder} has no config.json; give a Hugging Face model folder, a hub id, or a GGUF file.")
+    _convert_to_f16(folder, reference_path, reporter)
+    return folder
+
+
+def _dequantize_to_f16(path: Path, reference_path: Path, reporter: Reporter) -> None:
     reader = open_gguf(path)
     if not reader.tensors or field_value(reader, "general.architecture") is None:
         raise TacqError(f"{path} holds no model (tensors and general.architecture); give a GGUF of a language model.")
-    if any(int(t.tensor_type) >= 512 for t in reader.tensors):
+    if any(int(t.tensor_type) in TYPES_BY_ID for t in reader.tensors):
         raise TacqError(f"{path} is already a TACQ file; export from the original model, what it lost is gone.")
     reporter.say(f"Dequantizing {path.name} to F16 ...")
     need_space(reference_path.parent, 2.1e-9 * sum(t.n_elements for t in reader.tensors))
     dequantize_gguf(path, reference_path, "f16", reporter)
+
+
+def _load_from_gguf(reference_path: Path, reporter: Reporter) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     reporter.say("Loading it with transformers ...")
     try:
         # The float file, not the given one: torch then has the very numbers of the reference.
@@ -118,7 +134,7 @@ def _load_from_gguf(path: Path, reference_path: Path, reporter: Reporter) -> tup
             tokenizer = AutoTokenizer.from_pretrained(reference_path.parent, gguf_file=reference_path.name)
             model = AutoModelForCausalLM.from_pretrained(reference_path.parent, gguf_file=reference_path.name, dtype=torch.float32)
     except (ValueError, NotImplementedError, KeyError) as error:
-        architecture = field_value(reader, "general.architecture")
+        architecture = field_value(open_gguf(reference_path), "general.architecture")
         raise TacqError(
             f"transformers cannot load a GGUF of architecture '{architecture}' ({str(error).splitlines()[0]}); "
             "give the model's Hugging Face folder instead."
@@ -126,21 +142,15 @@ def _load_from_gguf(path: Path, reference_path: Path, reporter: Reporter) -> tup
     return model, tokenizer
 
 
-def _load_from_hugging_face(source: str, reference_path: Path, reporter: Reporter) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    folder = Path(source)
-    if not folder.is_dir():
-        folder = _fetch_from_hub(source, reporter)
-    if not (folder / "config.json").is_file():
-        raise TacqError(f"{folder} has no config.json; give a Hugging Face model folder, a hub id, or a GGUF file.")
-    reporter.say(f"Loading {source} with transformers ...")
+def _load_from_hugging_face(folder: Path, reporter: Reporter) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    reporter.say(f"Loading {folder} with transformers ...")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     except (ValueError, KeyError, OSError, ImportError) as error:
-        raise TacqError(f"transformers cannot load {source} as a causal language model ({str(error).splitlines()[0]}); "
+        raise TacqError(f"transformers cannot load {folder} as a causal language model ({str(error).splitlines()[0]}); "
                         "use an architecture that it knows, or update it.") from error
     _check_finite(model)
-    _convert_to_f16(folder, reference_path, reporter)
     return model, tokenizer
 
 

@@ -1,0 +1,294 @@
+"""The command line. Only this module prints and exits; everything else raises TacqError and reports through a Reporter."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+from .errors import TacqError
+from .reporting import Reporter
+
+COMMANDS = {
+    "export": "compress a model for a task (the word may be left out: tacq-export MODEL --task FILE)",
+    "inspect": "tensors, types, true bits per weight, and where the kept weights sit",
+    "verify": "decode in Python and in C; KL, perplexity and top-1 agreement with a reference",
+    "compare": "our file beside stock types of the same model",
+    "run": "answer a prompt with a GGUF",
+    "dequantize": "write a GGUF that stock llama.cpp reads",
+    "runtime": "build llama.cpp with our types, or say where the build is",
+}
+
+
+class ConsoleReporter(Reporter):
+    """Lines and progress bars on stderr; stdout is for results."""
+
+    def __init__(self) -> None:
+        self._bar = None
+        self._what = ""
+        self._since = 0.0
+
+    def say(self, text: str) -> None:
+        from tqdm import tqdm
+
+        tqdm.write(text, file=sys.stderr) if self._bar is not None else print(text, file=sys.stderr, flush=True)
+
+    def progress(self, done: int, total: int, what: str) -> None:
+        from tqdm import tqdm
+
+        if what != self._what:
+            self.close()
+            self._what, self._since = what, time.monotonic()
+        if self._bar is None and (done < total or done == 0):
+            # Where nobody watches (a log file), a line every 15 seconds is enough.
+            wait = 0.2 if sys.stderr.isatty() else 15
+            self._bar = tqdm(total=total, desc=what, file=sys.stderr, leave=True, dynamic_ncols=True, mininterval=wait, initial=done)
+        if self._bar is not None:
+            self._bar.total = total
+            self._bar.update(done - self._bar.n)
+            if done >= total:
+                self.close()
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        self._bar, self._what = None, ""
+
+
+def build_progress(reporter: Reporter):
+    """Adapter for `runtime_build`, whose steps are numbered [n/m]."""
+    return lambda done, total, what: reporter.progress(done, total, "building llama.cpp")
+
+
+def export_parser(prog: str) -> argparse.ArgumentParser:
+    """Flags of an export; each default is ExportConfig's."""
+    from .config import BASE_TYPES, DEFAULT_RATIO, EMBEDDING_TYPES, REFERENCES, SCORES, ExportConfig
+
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description="Compress MODEL for a task and write a GGUF: the weights that matter to the task stay at 16 bits, the rest gets 2 to 4.",
+        epilog="other commands:\n" + "\n".join(f"  tacq-export {name:<12}{text}" for name, text in COMMANDS.items() if name != "export"),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    default = {f: ExportConfig.__dataclass_fields__[f].default for f in ExportConfig.__dataclass_fields__}
+    parser.add_argument("model", metavar="MODEL", help="Hugging Face folder or hub id, or GGUF file")
+    parser.add_argument("--task", required=True, metavar="FILE", help="examples of the task: JSONL (question/answer, prompt/completion, messages or text), or plain text")
+    parser.add_argument("--outfile", metavar="OUT.gguf", help="default: MODEL's name with the task's and the base type's")
+    parser.add_argument("--score", default=default["score"], metavar="S", help=f"saliency: {', '.join(SCORES)} (default {default['score']})")
+    parser.add_argument("--reference", default=default["reference"], metavar="R", help=f"how Q(W) of the saliency is made: {', '.join(REFERENCES)} (default {default['reference']})")
+    parser.add_argument("--ratio", type=float, metavar="R", help=f"share of the weights to keep at 16 bits (default {DEFAULT_RATIO})")
+    parser.add_argument("--target-bpw", type=float, metavar="B", help="instead of --ratio: as many as B bits per weight of the linear matrices hold, scales and indices counted")
+    parser.add_argument("--base-type", metavar="T", help=f"type of the other weights: {', '.join(BASE_TYPES)} (default tacq2; with --target-bpw the widest that fits)")
+    parser.add_argument("--token-embedding-type", default=default["token_embedding_type"], metavar="T", help=f"{', '.join(EMBEDDING_TYPES)} (default {default['token_embedding_type']})")
+    parser.add_argument("--output-tensor-type", default=default["output_tensor_type"], metavar="T", help=f"the same for the head, where it is no copy of the embedding (default {default['output_tensor_type']})")
+    parser.add_argument("--n-samples", type=int, default=default["n_samples"], metavar="N", help=f"the first N examples of the task are used (default {default['n_samples']})")
+    parser.add_argument("--seq-len", type=int, default=default["seq_len"], metavar="N", help=f"each cut to N tokens (default {default['seq_len']})")
+    parser.add_argument("--damping", type=float, default=default["damping"], metavar="D", help=f"GPTQ's, as a share of the Hessian's mean diagonal (default {default['damping']})")
+    parser.add_argument("--device", default=default["device"], metavar="D", help="auto, cpu, cuda, cuda:N (default auto)")
+    parser.add_argument("--seed", type=int, default=default["seed"], metavar="N", help="of the random score (default 0)")
+    parser.add_argument("--threads", "-t", type=int, metavar="N", help="CPU threads (default: all)")
+    parser.add_argument("-w", "--workdir", metavar="DIR", help="unfinished work goes here and stays (default: OUT.gguf.work, removed at the end)")
+    parser.add_argument("--resume", action="store_true", help="go on with an export that was interrupted")
+    parser.add_argument("--force", action="store_true", help="replace an output that exists")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, say what would be done, write nothing")
+    return parser
+
+
+def run_export(argv: list[str], prog: str) -> None:
+    args = vars(export_parser(prog).parse_args(argv))
+    from .config import ExportConfig
+
+    if args["outfile"] is None:
+        args["outfile"] = f"{Path(args['model'].rstrip('/')).name.removesuffix('.gguf')}-{Path(args['task']).stem}-{args['base_type'] or 'tacq2'}.gguf"
+    config = ExportConfig(**args)
+    config.validate()  # before torch and transformers take their seconds to import
+    from .pipeline import export
+
+    result = export(config, ConsoleReporter())
+    if result is not None:
+        print(
+            f"{result.outfile}: {result.file_bytes / 1e6:.1f} MB, {result.bpw_file:.3f} bits per weight of the file; linear matrices "
+            f"{result.bpw_linear:.3f} (scales and indices counted), {result.kept} weights kept; "
+            f"{result.seconds:.0f} s, peak memory {result.peak_rss_bytes / 1e9:.1f} GB"
+        )
+
+
+def run_inspect(argv: list[str], prog: str) -> None:
+    parser = argparse.ArgumentParser(prog=prog, description=COMMANDS["inspect"])
+    parser.add_argument("file", metavar="FILE")
+    parser.add_argument("--json", action="store_true", help="one JSON line instead of a table")
+    args = parser.parse_args(argv)
+    from .inspect_gguf import density_picture, inspect_gguf
+
+    facts = inspect_gguf(args.file)
+    if args.json:
+        tensors = [{"name": t.name, "shape": t.shape, "type": t.type, "bytes": t.nbytes, "kept": t.kept} for t in facts.tensors]
+        print(json.dumps({"file_bytes": facts.file_bytes, "bpw_file": facts.bpw_file, "bpw_linear": facts.bpw_linear, "metadata": facts.metadata, "tensors": tensors}))
+        return
+    for key, value in facts.metadata.items():
+        print(f"{key:<22} {value}")
+    print(f"\n{'tensor':<32} {'shape':>16} {'type':<11} {'bits/weight':>11} {'kept':>9} {'share':>8}")
+    for t in facts.tensors:
+        kept = f"{t.kept:>9} {100 * t.kept / t.n_weights:>6.2f} %" if t.kept else ""
+        print(f"{t.name:<32} {' x '.join(map(str, t.shape)):>16} {t.type:<11} {t.bits_per_weight:>11.3f} {kept}".rstrip())
+    picture = density_picture(facts)
+    print("\n" + "\n".join(picture) if picture else "\nno weights are kept at 16 bits")
+    print(f"\n{facts.file_bytes} bytes, {facts.bpw_file:.3f} bits per weight of the file; linear matrices {facts.bpw_linear:.3f}")
+
+
+def run_verify(argv: list[str], prog: str) -> None:
+    parser = argparse.ArgumentParser(prog=prog, description=COMMANDS["verify"])
+    parser.add_argument("file", metavar="FILE")
+    parser.add_argument("--against", metavar="REF", help="GGUF of the same model to compare with, such as the F16 original")
+    parser.add_argument("--task", metavar="FILE", help="examples to compare on (not those of the calibration), as for the export")
+    parser.add_argument("--text", metavar="FILE", help="plain text to compare on, in windows of 512 tokens")
+    parser.add_argument("--n-samples", type=int, default=24, metavar="N", help="examples or windows (default 24)")
+    parser.add_argument("--threads", "-t", type=int, metavar="N")
+    parser.add_argument("--json", action="store_true", help="one JSON line instead of text")
+    args = parser.parse_args(argv)
+    if bool(args.against) != bool(args.task or args.text):
+        raise TacqError("KL and perplexity need both a reference and examples: give --against REF with --task FILE or --text FILE.")
+    from .decode_in_c import check_decoding
+
+    reporter = ConsoleReporter()
+    count = check_decoding(args.file, reporter)
+    result: dict = {"tensors_decoded_alike": count}
+    if args.against:
+        from .verify_gguf import compare_models, compare_on_text
+
+        shown = lambda done, total: reporter.progress(done, total, "measuring")  # noqa: E731
+        if args.task:
+            from .load_task import load_task, tokenize_with_gguf
+
+            texts = tokenize_with_gguf(load_task(Path(args.task)), args.against, args.n_samples, 2048)
+            quality = compare_models(args.against, args.file, texts, args.threads, shown)
+        else:
+            quality = compare_on_text(args.against, args.file, Path(args.text).read_text(encoding="utf-8"), 512, args.n_samples, args.threads, shown)
+        result |= quality.as_dict()
+    if args.json:
+        print(json.dumps(result))
+        return
+    print(f"{count} tensors of {args.file} decode alike in Python and in C")
+    if args.against:
+        print(f"on {quality.n_tokens} tokens against {args.against}:")
+        print(f"  KL divergence     {quality.kl:.4f} +- {quality.kl_stderr:.4f} nats a token")
+        print(f"  perplexity        {quality.ppl:.3f} (reference {quality.ref_ppl:.3f}, ratio {quality.ppl_ratio:.4f} +- {quality.ppl_ratio_stderr:.4f})")
+        print(f"  top-1 agreement   {100 * quality.top1:.2f} +- {100 * quality.top1_stderr:.2f} %")
+
+
+def run_compare(argv: list[str], prog: str) -> None:
+    parser = argparse.ArgumentParser(prog=prog, description=COMMANDS["compare"])
+    parser.add_argument("model", metavar="MODEL", help="what our file was exported from: Hugging Face folder, hub id or GGUF")
+    parser.add_argument("--file", required=True, metavar="OURS.gguf", help="our file")
+    parser.add_argument("--task", required=True, metavar="FILE", help="the examples it was calibrated on; the stock types get their imatrix from them")
+    parser.add_argument("--eval", required=True, metavar="FILE", help="other examples, to measure on")
+    parser.add_argument("--types", default="Q2_K,IQ3_XXS", metavar="T,T", help="stock types (default Q2_K,IQ3_XXS)")
+    parser.add_argument("--n-samples", type=int, default=128, metavar="N", help="examples of --task (default 128)")
+    parser.add_argument("--n-eval", type=int, default=24, metavar="N", help="examples of --eval (default 24)")
+    parser.add_argument("--threads", "-t", type=int, metavar="N")
+    parser.add_argument("-w", "--workdir", default="compare.work", metavar="DIR", help="the stock files stay here (default compare.work)")
+    args = parser.parse_args(argv)
+    from .compare_stock import compare_stock
+
+    rows, reference = compare_stock(
+        args.model, Path(args.file), Path(args.task), Path(args.eval), args.types.split(","), args.n_samples, args.n_eval,
+        args.threads, Path(args.workdir), ConsoleReporter(),
+    )  # fmt: skip
+    from .compare_files import table
+
+    print("\n".join(table(rows)))
+    print(json.dumps({"reference_ppl": reference, "files": [row.as_dict() for row in rows]}))
+
+
+def run_prompt(argv: list[str], prog: str) -> None:
+    parser = argparse.ArgumentParser(prog=prog, description=COMMANDS["run"])
+    parser.add_argument("file", metavar="FILE")
+    parser.add_argument("-p", "--prompt", required=True)
+    parser.add_argument("-n", "--n-predict", type=int, default=256, metavar="N", help="tokens at most (default 256)")
+    parser.add_argument("-c", "--ctx-size", type=int, default=4096, metavar="N")
+    parser.add_argument("--temp", type=float, default=0.0, metavar="T", help="0 takes the likeliest token (default 0)")
+    parser.add_argument("--threads", "-t", type=int, metavar="N")
+    args, more = parser.parse_known_args(argv)
+    from .run_model import run
+
+    run(args.file, args.prompt, args.n_predict, args.threads, args.ctx_size, args.temp, extra=more)
+    print()
+
+
+def run_dequantize(argv: list[str], prog: str) -> None:
+    from .config import BASE_TYPES, EMBEDDING_TYPES
+
+    types = [t for t in EMBEDDING_TYPES if t not in BASE_TYPES]
+    parser = argparse.ArgumentParser(prog=prog, description=COMMANDS["dequantize"])
+    parser.add_argument("file", metavar="FILE")
+    parser.add_argument("--outfile", required=True, metavar="OUT.gguf")
+    parser.add_argument("--outtype", default="f16", choices=types, help="type of the matrices (default f16)")
+    parser.add_argument("--force", action="store_true", help="replace an output that exists")
+    args = parser.parse_args(argv)
+    from .write_gguf import dequantize_gguf
+
+    outfile = Path(args.outfile)
+    if outfile.exists() and not args.force:
+        raise TacqError(f"{outfile} exists; give another --outfile, or --force to replace it.")
+    if not outfile.parent.is_dir():
+        raise TacqError(f"There is no folder {outfile.parent} for the output; make it, or give another --outfile.")
+    dequantize_gguf(args.file, outfile, args.outtype, ConsoleReporter())
+    print(f"{outfile}: {outfile.stat().st_size / 1e6:.1f} MB")
+
+
+def run_runtime(argv: list[str], prog: str) -> None:
+    from .runtime import BACKEND_OPTIONS, runtime_build, runtime_path
+
+    parser = argparse.ArgumentParser(prog=prog, description=COMMANDS["runtime"])
+    parser.add_argument("action", choices=["build", "path"])
+    parser.add_argument("--backend", default="cpu", metavar="B", help=f"one of: {', '.join(BACKEND_OPTIONS)} (default cpu)")
+    parser.add_argument("--jobs", "-j", type=int, metavar="N", help="compilers at once (default: all cores)")
+    args = parser.parse_args(argv)
+    if args.action == "build":
+        reporter = ConsoleReporter()
+        runtime_build(args.backend, args.jobs, build_progress(reporter), reporter.say)
+    print(runtime_path(args.backend))
+
+
+RUN = {
+    "export": run_export, "inspect": run_inspect, "verify": run_verify, "compare": run_compare, "run": run_prompt,
+    "dequantize": run_dequantize, "runtime": run_runtime,
+}  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0, 1 after a TacqError, 2 for wrong usage, 130 after Ctrl-C."""
+    argv = sys.argv[1:] if argv is None else argv
+    named = bool(argv) and argv[0] in RUN and not (argv[0] != "runtime" and os.path.exists(argv[0]) and "--task" in argv)
+    command = argv[0] if named else "export"
+    try:
+        RUN[command](argv[1:] if named else argv, f"tacq-export {command}" if named else "tacq-export")
+    except TacqError as error:
+        print(f"\nerror: {error}" if sys.stderr.isatty() else f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command with --resume goes on with an export", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader (head, less) has gone
+        return 0
+    except MemoryError:
+        print("error: not enough memory; use a shorter --seq-len, or a machine with more.", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"error: {error.strerror or error}{f': {error.filename}' if error.filename else ''}; check the path, its permissions and the free space.", file=sys.stderr)
+        return 1
+    except Exception as error:  # a defect of ours; its traceback is for us, not for the user
+        if os.environ.get("TACQ_EXPORT_DEBUG"):
+            raise
+        if "allocate memory" in str(error) or "out of memory" in str(error):
+            print("error: not enough memory; use a shorter --seq-len, or a machine with more.", file=sys.stderr)
+        else:
+            cause = " ".join(str(error).split())[:300]
+            print(f"error: tacq-export failed in a way it should not ({type(error).__name__}: {cause}); "
+                  "please report it with the output of the same command under TACQ_EXPORT_DEBUG=1.", file=sys.stderr)  # fmt: skip
+        return 1
+    return 0
