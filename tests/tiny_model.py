@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 import gguf
@@ -15,8 +16,14 @@ from tacq_export.tensor_types import FORMAT_VERSION, TensorType, register_with_g
 WIDTH, FFN, LAYERS, VOCAB = 128, 192, 2, 3 + 256
 
 
+@cache
+def random_matrices(tensor_type: TensorType) -> dict[str, np.ndarray]:
+    """{name: bytes of a random matrix as uint8 [rows, bytes a row]}, the shape by which gguf-py knows rows and columns."""
+    rng = np.random.default_rng(0)
+    return {name: quantized(rng, tensor_type, *shape) for name, shape in matrices().items()}
+
+
 def quantized(rng: np.random.Generator, tensor_type: TensorType, rows: int, columns: int) -> np.ndarray:
-    """The bytes of a random matrix, as uint8 [rows, bytes a row]: the shape by which gguf-py knows rows and columns."""
     codes, scale_bytes = quantize_ref(tensor_type.bits, rng.normal(0, 0.05, (rows, columns)).astype(np.float32))
     kept = random_kept(rng, rows, columns, tensor_type.p) if tensor_type.p else None
     return pack_tensor(QuantizedTensor(tensor_type, codes, scale_bytes, kept)).reshape(rows, -1)
@@ -35,7 +42,6 @@ def matrices() -> dict[str, tuple[int, int]]:
 def write_tiny_model(path: Path, tensor_type: TensorType, format_version: int | None = FORMAT_VERSION, change: dict | None = None) -> None:
     """Write the model. change: {tensor name: function of its bytes (uint8 [rows, bytes a row]) that gives other bytes}."""
     register_with_gguf()
-    rng = np.random.default_rng(0)
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(64)
     writer.add_embedding_length(WIDTH)
@@ -50,8 +56,7 @@ def write_tiny_model(path: Path, tensor_type: TensorType, format_version: int | 
     writer.add_token_types([gguf.TokenType.UNKNOWN, gguf.TokenType.CONTROL, gguf.TokenType.CONTROL] + [gguf.TokenType.BYTE] * 256)
     if format_version is not None:
         writer.add_uint32("tacq.format_version", format_version)
-    for name, (rows, columns) in matrices().items():
-        data = quantized(rng, tensor_type, rows, columns)
+    for name, data in random_matrices(tensor_type).items():
         if change and name in change:
             data = change[name](data.copy())
         writer.add_tensor(name, data, raw_dtype=gguf.GGMLQuantizationType(tensor_type.id))
