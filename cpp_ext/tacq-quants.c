@@ -203,7 +203,7 @@ void dequantize_row_tacq4(const block_tacq4 * x, float * y, int64_t k) {
 static void error_weights(const float * x, const float * imatrix, int64_t n, float * qw) {
     double sum2 = 0.0;
     for (int64_t i = 0; i < n; i++) {
-        sum2 += (double) x[i]*x[i];
+        sum2 += (double) x[i]*(double) x[i];
     }
     const float sigma2 = (float) (sum2/(double) n);
     for (int64_t g = 0; g < n; g += TACQ_GROUP) {

@@ -221,3 +221,9 @@ def test_quantize_copies_mixed_tensors_unchanged(runtime, good, tmp_path):
 def test_programs_name_the_type(runtime, good):
     done = run(runtime, "llama-bench", "-m", str(good), "-p", "2", "-n", "0", "-t", "1", "-r", "1")
     assert "tacq2_s16" in done.stdout and "unknown" not in done.stdout + done.stderr
+
+
+def test_a_mixed_type_where_no_kernel_reads_it_is_refused(runtime, tmp_path):
+    """Norms are multiplied element by element, which no mixed tensor can be; the loader finds out before any kernel runs."""
+    write_tiny_model(tmp_path / "norm.gguf", TYPE, mixed_norm=True)
+    assert_refused(load(runtime, tmp_path / "norm.gguf"), "output_norm.weight")

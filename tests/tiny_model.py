@@ -39,8 +39,18 @@ def matrices() -> dict[str, tuple[int, int]]:
     return shapes
 
 
-def write_tiny_model(path: Path, tensor_type: TensorType, format_version: int | None = FORMAT_VERSION, change: dict | None = None) -> None:
-    """Write the model. change: {tensor name: function of its bytes (uint8 [rows, bytes a row]) that gives other bytes}."""
+def write_tiny_model(
+    path: Path,
+    tensor_type: TensorType,
+    format_version: int | None = FORMAT_VERSION,
+    change: dict | None = None,
+    mixed_norm: bool = False,
+) -> None:
+    """Write the model.
+
+    change: {tensor name: function of its bytes (uint8 [rows, bytes a row]) that gives other bytes}. mixed_norm: the last norm
+    is of `tensor_type` too, which makes no sense.
+    """
     register_with_gguf()
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(64)
@@ -61,7 +71,11 @@ def write_tiny_model(path: Path, tensor_type: TensorType, format_version: int | 
             data = change[name](data.copy())
         writer.add_tensor(name, data, raw_dtype=gguf.GGMLQuantizationType(tensor_type.id))
     for name in ["output_norm.weight"] + [f"blk.{i}.{m}_norm.weight" for i in range(LAYERS) for m in ("attn", "ffn")]:
-        writer.add_tensor(name, np.ones(WIDTH, np.float32))
+        if mixed_norm and name == "output_norm.weight":
+            norm = quantized(np.random.default_rng(1), tensor_type, 1, WIDTH).reshape(-1)
+            writer.add_tensor(name, norm, raw_dtype=gguf.GGMLQuantizationType(tensor_type.id))
+        else:
+            writer.add_tensor(name, np.ones(WIDTH, np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
