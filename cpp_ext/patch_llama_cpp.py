@@ -82,6 +82,8 @@ def region(text: str, site: CallSite) -> tuple[int, int]:
         )
     begin = found[0]
     end = text.find("\n}", begin + len(site.inside) - 1)
+    if site.where == "before" and text[:begin].endswith(site.insert):
+        begin -= len(site.insert)  # patched already, right before the opening line, which is the anchor
     if end < 0:
         return begin, len(text)
     newline = text.find("\n", end + 1)
