@@ -1,0 +1,75 @@
+"""Tiny Hugging Face folders with random weights, and a sentencepiece tokenizer trained on a few sentences.
+
+All three architectures use the sentencepiece tokenizer: llama.cpp's converter takes a `tokenizer.model` for each of them,
+where a byte-level BPE would have to be one whose pre-tokenizer hash the converter knows.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+
+import sentencepiece
+import torch
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+
+VOCAB = 320  # 3 control tokens, 256 bytes, 61 pieces
+SENTENCES = [
+    "the quick brown fox jumps over the lazy dog",
+    "she sells seven sea shells by the sea shore",
+    "how many apples are left when two of five are eaten",
+    "a train leaves the station at nine and arrives at noon",
+    "pack my box with five dozen liquor jugs",
+    "answer the question with one number and nothing else",
+]
+_SIZES = dict(
+    vocab_size=VOCAB, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+    max_position_embeddings=128, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+)  # fmt: skip
+# {name: function that makes the model}; head_dim is 16, so Llama's rows of q and k are really permuted.
+ARCHITECTURES = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**_SIZES, tie_word_embeddings=False)),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**_SIZES, tie_word_embeddings=True)),
+    "gemma3": lambda: Gemma3ForCausalLM(Gemma3TextConfig(**_SIZES, head_dim=16, query_pre_attn_scalar=16, sliding_window=64)),
+}
+CHAT_TEMPLATE = "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}\n{% endfor %}"
+
+
+@cache
+def _sentencepiece_model(folder: Path) -> bytes:
+    path = folder / "spm"
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(SENTENCES), model_prefix=str(path), vocab_size=VOCAB, model_type="bpe", byte_fallback=True,
+        unk_id=0, bos_id=1, eos_id=2, pad_id=-1, hard_vocab_limit=False, minloglevel=2, num_threads=1,
+    )  # fmt: skip
+    return path.with_suffix(".model").read_bytes()
+
+
+def write_tokenizer(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tokenizer.model").write_bytes(_sentencepiece_model(folder))
+    config = {
+        "tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True,
+        "add_eos_token": False, "chat_template": CHAT_TEMPLATE,
+    }  # fmt: skip
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def tiny_model(architecture: str, seed: int = 0) -> PreTrainedModel:
+    """A model whose weights are all different and some of whose rows stand out, so that no order of rows is like another."""
+    torch.manual_seed(seed)
+    model = ARCHITECTURES[architecture]().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.normal_(0, 0.08)
+    return model
+
+
+def write_model_folder(folder: Path, architecture: str, seed: int = 0, model: PreTrainedModel | None = None) -> Path:
+    """Weights, config and tokenizer, as a Hugging Face checkpoint."""
+    model = model or tiny_model(architecture, seed)
+    model.save_pretrained(folder)
+    write_tokenizer(folder)
+    return folder
