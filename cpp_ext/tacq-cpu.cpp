@@ -16,7 +16,8 @@ static_assert(TACQ_FORMAT_VERSION == 1 && TACQ_SPARSE_VERSION == 1, "these kerne
 static bool is_whole(const ggml_tensor * t) {
     const ggml_tensor * src = t->view_src;
     return ggml_is_contiguous(t) &&
-        (src == nullptr || (t->view_offs == 0 && src->type == t->type && src->ne[0] == t->ne[0] && ggml_nelements(src) == ggml_nelements(t)));
+        (src == nullptr || (t->view_offs == 0 && src->type == t->type && src->ne[0] == t->ne[0] &&
+            ggml_nelements(src) == ggml_nelements(t)));
 }
 
 static const ggml_tensor * mixed_operand(const ggml_tensor * op) {
@@ -33,7 +34,8 @@ static const ggml_tensor * mixed_operand(const ggml_tensor * op) {
 
 // views compute nothing; whether the view itself can be used is asked when an op reads it
 static bool is_no_op(const ggml_tensor * op) {
-    return op->op == GGML_OP_NONE || op->op == GGML_OP_VIEW || op->op == GGML_OP_RESHAPE || op->op == GGML_OP_PERMUTE || op->op == GGML_OP_TRANSPOSE;
+    return op->op == GGML_OP_NONE || op->op == GGML_OP_VIEW || op->op == GGML_OP_RESHAPE ||
+        op->op == GGML_OP_PERMUTE || op->op == GGML_OP_TRANSPOSE;
 }
 
 bool tacq_cpu_supports_op(const ggml_tensor * op) {

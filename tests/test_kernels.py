@@ -70,7 +70,8 @@ def vec_dot(ggml, name: str, x: np.ndarray, y: np.ndarray, n: int) -> float:
     result, size = ctypes.c_float(np.nan), ctypes.c_size_t(0)
     x, y = np.ascontiguousarray(x), np.ascontiguousarray(y)
     getattr(ggml.cpu, name)(
-        ctypes.c_int(n), ctypes.byref(result), size, ctypes.c_void_p(x.ctypes.data), size, ctypes.c_void_p(y.ctypes.data), size, ctypes.c_int(1)
+        ctypes.c_int(n), ctypes.byref(result), size,
+        ctypes.c_void_p(x.ctypes.data), size, ctypes.c_void_p(y.ctypes.data), size, ctypes.c_int(1),
     )
     return result.value
 
@@ -97,7 +98,8 @@ def test_vec_dot_does_not_saturate(ggml, bits):
     for book, levels in enumerate(codec.codebooks):
         for code in (0, len(levels) - 1):
             scale_byte = (book << codec.scale_bits) | ((1 << codec.scale_bits) - 1)
-            tensor = QuantizedTensor(TYPES_BY_NAME[f"TACQ{bits}"], np.full((1, 128), code, np.uint8), np.full((1, 4), scale_byte, np.uint8))
+            codes, scale_bytes = np.full((1, 128), code, np.uint8), np.full((1, 4), scale_byte, np.uint8)
+            tensor = QuantizedTensor(TYPES_BY_NAME[f"TACQ{bits}"], codes, scale_bytes)
             y = np.frombuffer((np.float16(1).tobytes() + b"\x7f" * 32) * 4, np.uint8)
             exact = float(dequantize(tensor)[0].astype(np.float64) @ np.full(128, 127.0))
             assert vec_dot(ggml, f"tacq_vec_dot_tacq{bits}_q8_0", pack_tensor(tensor), y, 128) == pytest.approx(exact, rel=1e-6)
@@ -159,9 +161,8 @@ def test_mul_mat_batched_and_broadcast(ggml, name, threads):
     with ggml.context() as ctx:
         w = ggml.tensor(ctx, tensor.type.id, (2, 3, rows, columns), pack_tensor(tensor))
         got = ggml.compute(ctx, ggml.mul_mat(ctx, w, ggml.tensor(ctx, F32, x.shape, x)), (4, 6, n, rows), threads)
-    weights, base = (
-        planes.reshape(2, 3, rows, columns).repeat(2, axis=0).repeat(2, axis=1) for planes in (dequantize(tensor), dequantize(base_of(tensor)))
-    )
+    planes = (dequantize(tensor), dequantize(base_of(tensor)))
+    weights, base = (p.reshape(2, 3, rows, columns).repeat(2, axis=0).repeat(2, axis=1) for p in planes)
     exact = x.astype(np.float64) @ weights.astype(np.float64).swapaxes(-1, -2)
     assert (np.abs(got - exact) <= mul_mat_bound(weights, base, x)).all()
 
@@ -200,14 +201,16 @@ def test_mul_mat_id(ggml, name, threads, shared):
             return ggml.compute(ctx, op, (tokens, used, rows), threads)
 
     got, got_base = run(tensor), run(base_of(tensor))
-    weights, base, sparse = (a.reshape(experts, rows, columns) for a in (dequantize(tensor), dequantize(base_of(tensor)), sparse_matrix(tensor)))
+    parts = (dequantize(tensor), dequantize(base_of(tensor)), sparse_matrix(tensor))
+    weights, base, sparse = (p.reshape(experts, rows, columns) for p in parts)
     for token in range(tokens):
         for i in range(used):
             row, e = x[token, 0 if shared else i][None], ids[token, i]
             exact = row.astype(np.float64) @ weights[e].astype(np.float64).T
             assert (np.abs(got[token, i] - exact) <= mul_mat_bound(weights[e], base[e], row)).all()
             part = row.astype(np.float64) @ sparse[e].T
-            assert np.allclose(got[token, i] - got_base[token, i], part, rtol=0, atol=200 * ROUNDING * (np.abs(row) @ np.abs(base[e] + np.abs(sparse[e])).T).max())
+            bound = (columns + 8) * ROUNDING * (np.abs(row) @ (np.abs(base[e]) + np.abs(sparse[e])).T).max()
+            assert (np.abs(got[token, i] - got_base[token, i] - part) <= bound).all()
 
 
 @pytest.mark.parametrize("name", MIXED)
@@ -281,6 +284,7 @@ with g.context() as ctx:
 """
     paths = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
     program = f"import sys; sys.path[:0] = {paths!r}\n" + program
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, env=os.environ | {"GGML_NO_BACKTRACE": "1"})
+    env = os.environ | {"GGML_NO_BACKTRACE": "1"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, env=env)
     assert done.returncode != 0
     assert "tacq: " in done.stderr and "tacq2_s16" in done.stderr, done.stderr[-2000:]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import struct
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import gguf
@@ -13,6 +14,8 @@ import pytest
 
 from tacq_export.tensor_types import tensor_type
 from tiny_model import WIDTH, matrices, write_tiny_model
+
+Change = Callable[[np.ndarray], np.ndarray]
 
 NAME = "blk.1.ffn_up.weight"
 ROWS, COLUMNS = matrices()[NAME]
@@ -24,11 +27,13 @@ COLUMN = ROW_PTR + 4 * (ROWS + 1)
 
 def run(runtime: Path, program: str, *arguments: str) -> subprocess.CompletedProcess:
     env = os.environ | {"GGML_NO_BACKTRACE": "1"}
-    return subprocess.run([runtime / program, *arguments], capture_output=True, text=True, errors="replace", timeout=60, env=env, stdin=subprocess.DEVNULL)
+    command = [runtime / program, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=60, env=env, stdin=subprocess.DEVNULL)
 
 
 def load(runtime: Path, path: Path, *options: str) -> subprocess.CompletedProcess:
-    return run(runtime, "llama-completion", "-m", str(path), "-p", "ab", "-n", "1", "-no-cnv", "-t", "1", "-c", "64", "--no-warmup", *options)
+    one_token = ["-p", "ab", "-n", "1", "-no-cnv", "-t", "1", "-c", "64", "--no-warmup"]
+    return run(runtime, "llama-completion", "-m", str(path), *one_token, *options)
 
 
 def assert_refused(done: subprocess.CompletedProcess, *words: str) -> None:
@@ -42,7 +47,7 @@ def nnz_of(data: np.ndarray) -> int:
     return int(data[SECTION + 12 : SECTION + 16].view("<u4")[0])
 
 
-def poke(at: int, form: str, value) -> callable:
+def poke(at: int, form: str, value) -> Change:
     """A change of a tensor's bytes: `value`, packed as `form`, at byte `at`."""
 
     def change(data: np.ndarray) -> np.ndarray:
@@ -79,7 +84,7 @@ def out_of_range_column(data: np.ndarray) -> np.ndarray:
     return poke(COLUMN + 2 * (nnz_of(flat) - 1), "<H", COLUMNS)(data)
 
 
-def bad_value(bits: int):
+def bad_value(bits: int) -> Change:
     return lambda data: poke(COLUMN + 2 * nnz_of(data.reshape(-1)) + 2, "<H", bits)(data)
 
 
@@ -195,11 +200,14 @@ def test_quantize_refuses_to_convert_a_mixed_tensor(runtime, good, tmp_path, opt
     assert_refused(done, "cannot be converted from tacq2_s16", "tacq-export only")
 
 
-@pytest.mark.parametrize("option", [["--tensor-type", "ffn_up=tacq2_s4"], ["--token-embedding-type", "tacq3_s1"], ["--output-tensor-type", "tacq4_s16"]])
-def test_quantize_refuses_to_make_a_mixed_tensor(runtime, tmp_path, option):
+@pytest.mark.parametrize(
+    "option, value", [("--tensor-type", "ffn_up=tacq2_s4"), ("--token-embedding-type", "tacq3_s1"), ("--output-tensor-type", "tacq4_s16")]
+)
+def test_quantize_refuses_to_make_a_mixed_tensor(runtime, tmp_path, option, value):
     write_tiny_model(tmp_path / "base.gguf", tensor_type("tacq4"))
-    done = run(runtime, "llama-quantize", "--allow-requantize", *option, str(tmp_path / "base.gguf"), str(tmp_path / "out.gguf"), "Q8_0")
-    assert_refused(done, f"to {option[1].split('=')[-1]}", "tacq-export only")
+    files = [str(tmp_path / "base.gguf"), str(tmp_path / "out.gguf")]
+    done = run(runtime, "llama-quantize", "--allow-requantize", option, value, *files, "Q8_0")
+    assert_refused(done, f"to {value.split('=')[-1]}", "tacq-export only")
 
 
 def test_quantize_makes_base_types(runtime, tmp_path):

@@ -40,6 +40,12 @@ def c_dequantize(base, bits: int, data: np.ndarray, n: int) -> np.ndarray:
     return out[:-4]
 
 
+def c_quantize_chunk(base, bits: int, x: np.ndarray, out: np.ndarray, imatrix: ctypes.c_void_p | None) -> int:
+    """Bytes written to `out` for the matrix x [rows, columns], as llama-quantize asks for it."""
+    rows, columns = map(ctypes.c_int64, x.shape)
+    return base.ggml_quantize_chunk(510 + bits, pointer(x), pointer(out), ctypes.c_int64(0), rows, columns, imatrix)
+
+
 def edge_data() -> dict[str, np.ndarray]:
     rng = np.random.default_rng(1)
     normal = rng.normal(0, 0.02, 256).astype(np.float32)
@@ -104,7 +110,7 @@ def test_dequantize_random_bytes(base, bits):
 def test_quantize_chunk_without_imatrix_is_the_reference(base, bits):
     x = np.random.default_rng(5).normal(0, 0.02, (6, 192)).astype(np.float32)
     out = np.zeros((6, 192 // 64 * CODECS[bits].block_bytes), dtype=np.uint8)
-    size = base.ggml_quantize_chunk(510 + bits, pointer(x), pointer(out), ctypes.c_int64(0), ctypes.c_int64(6), ctypes.c_int64(192), None)
+    size = c_quantize_chunk(base, bits, x, out, None)
     assert size == out.nbytes
     assert out.tobytes() == pack_blocks(bits, *quantize_ref(bits, x)).tobytes()
 
@@ -118,7 +124,7 @@ def test_imatrix_lowers_the_weighted_error(base, bits):
     errors = []
     for importance in (None, pointer(imatrix)):
         out = np.zeros((16, 256 // 64 * CODECS[bits].block_bytes), dtype=np.uint8)
-        base.ggml_quantize_chunk(510 + bits, pointer(x), pointer(out), ctypes.c_int64(0), ctypes.c_int64(16), ctypes.c_int64(256), importance)
+        c_quantize_chunk(base, bits, x, out, importance)
         diff = c_dequantize(base, bits, out.reshape(-1), x.size).reshape(x.shape) - x
         errors.append((imatrix * diff**2).sum())
         assert (diff[:, :32] ** 2).mean() < 0.25 * (x[:, :32] ** 2).mean()
@@ -141,9 +147,8 @@ def c_validate(base, section: np.ndarray, rows: int, columns: int) -> str | None
     message = ctypes.create_string_buffer(512)
     section = np.ascontiguousarray(section)
     base.tacq_validate_section.restype = ctypes.c_bool
-    ok = base.tacq_validate_section(
-        pointer(section), ctypes.c_size_t(len(section)), ctypes.c_int64(rows), ctypes.c_int64(columns), b"blk.0.x", message, ctypes.c_size_t(512)
-    )
+    shape = ctypes.c_size_t(len(section)), ctypes.c_int64(rows), ctypes.c_int64(columns)
+    ok = base.tacq_validate_section(pointer(section), *shape, b"blk.0.x", message, ctypes.c_size_t(512))
     return None if ok else message.value.decode()
 
 
@@ -164,7 +169,8 @@ def good_section() -> np.ndarray:
 
 
 def test_good_sections_pass_both(base):
-    for section in (good_section(), pack_sparse(KeptWeights(np.zeros(ROWS + 1, np.uint32), np.zeros(0, np.uint16), np.zeros(0, np.float16)), ROWS * COLUMNS, P)):
+    nothing = KeptWeights(np.zeros(ROWS + 1, np.uint32), np.zeros(0, np.uint16), np.zeros(0, np.float16))
+    for section in (good_section(), pack_sparse(nothing, ROWS * COLUMNS, P)):
         assert c_validate(base, section, ROWS, COLUMNS) is None
         assert py_validate(section, ROWS, COLUMNS) is None
 
