@@ -65,7 +65,7 @@ def build_progress(reporter: Reporter):
 
 def export_parser(prog: str) -> argparse.ArgumentParser:
     """Flags of an export; each default is ExportConfig's."""
-    from .config import BASE_TYPES, DEFAULT_RATIO, EMBEDDING_TYPES, REFERENCES, SCORES, ExportConfig
+    from .config import BASE_TYPES, DEFAULT_KEPT_BPW, EMBEDDING_TYPES, REFERENCES, SCORES, ExportConfig
 
     parser = argparse.ArgumentParser(
         prog=prog,
@@ -79,8 +79,8 @@ def export_parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument("--outfile", metavar="OUT.gguf", help="default: MODEL's name with the task's and the base type's")
     parser.add_argument("--score", default=default["score"], metavar="S", help=f"saliency: {', '.join(SCORES)} (default {default['score']})")
     parser.add_argument("--reference", default=default["reference"], metavar="R", help=f"how Q(W) of the saliency is made: {', '.join(REFERENCES)} (default {default['reference']})")
-    parser.add_argument("--ratio", type=float, metavar="R", help=f"share of the weights to keep at 16 bits (default {DEFAULT_RATIO})")
-    parser.add_argument("--target-bpw", type=float, metavar="B", help="instead of --ratio: as many as B bits per weight of the linear matrices hold, scales and indices counted")
+    parser.add_argument("--ratio", type=float, metavar="R", help="share of the weights to keep at 16 bits, at whatever size that takes, such as 0.0035")
+    parser.add_argument("--target-bpw", type=float, metavar="B", help=f"instead of --ratio: keep as many as B bits per weight of the linear matrices hold, scales and indices counted (default: {DEFAULT_KEPT_BPW} more than the base type takes)")
     parser.add_argument("--base-type", metavar="T", help=f"type of the other weights: {', '.join(BASE_TYPES)} (default tacq2; with --target-bpw the widest that fits)")
     parser.add_argument("--token-embedding-type", default=default["token_embedding_type"], metavar="T", help=f"{', '.join(EMBEDDING_TYPES)} (default {default['token_embedding_type']})")
     parser.add_argument("--output-tensor-type", default=default["output_tensor_type"], metavar="T", help=f"the same for the head, where it is no copy of the embedding (default {default['output_tensor_type']})")

@@ -7,14 +7,15 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from .errors import TacqError
-from .tensor_types import TYPES_BY_NAME
+from .tensor_types import TYPES_BY_NAME, TensorType
 
 SCORES = ("tacq", "fisher", "magnitude", "gradient", "random", "tacq-no-magnitude", "tacq-no-error")
 REFERENCES = ("rtn", "gptq")
 BASE_TYPES = ("tacq2", "tacq3", "tacq4")
 # What the token embedding and the output head may be stored as: ours, and the stock types that gguf-py can write.
 EMBEDDING_TYPES = (*BASE_TYPES, "f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
-DEFAULT_RATIO = 0.0035
+# Bits per weight that are spent on kept weights unless --ratio or --target-bpw says otherwise.
+DEFAULT_KEPT_BPW = 0.2
 
 
 @dataclass(frozen=True)
@@ -23,9 +24,10 @@ class ExportConfig:
 
     model: Hugging Face directory or hub id, or GGUF file.  task: JSONL or text file of examples.  outfile: GGUF to write.
     score: one of SCORES (score_weights.py has the formulas).  reference: how Q(W) of the score is made, `rtn` or `gptq`.
-    ratio: share of the linear weights to keep, of the global top (default 0.0035, unless target_bpw is given).
-    target_bpw: bits per weight of the linear matrices, scales and indices counted, that must not be exceeded.
-    base_type: type of the weights that are not kept; with target_bpw None means the widest that fits.
+    ratio: share of the linear weights to keep, of the global top, at whatever size that takes.
+    target_bpw: bits per weight of the linear matrices, scales and indices counted, that are not exceeded; as many weights
+    are kept as that holds. Without ratio and target_bpw it is DEFAULT_KEPT_BPW more than the base type takes.
+    base_type: type of the weights that are not kept; None means the widest that fits target_bpw, or tacq2.
     n_samples, seq_len: how many examples of the task, and to how many tokens each is cut.
     damping: share of the Hessian's mean diagonal that GPTQ adds to it.
     device: auto, cpu, cuda or cuda:N.  threads: CPU threads (None: all this process may use).
@@ -115,6 +117,21 @@ class ExportConfig:
             raise TacqError(f"There is no folder {folder} for the output; make it, or give another --outfile.")
         if not os.access(folder, os.W_OK):
             raise TacqError(f"The folder {folder} is not writable; give another --outfile.")
+
+    @property
+    def base(self) -> TensorType:
+        """The base type asked for; else TACQ2, or with a target the widest whose blocks alone stay within it."""
+        if self.base_type:
+            return TYPES_BY_NAME[self.base_type.upper()]
+        types = [TYPES_BY_NAME[name.upper()] for name in BASE_TYPES]
+        return [t for t in types if t.bits_per_weight <= (self.target_bpw or types[0].bits_per_weight)][-1]
+
+    @property
+    def bpw_limit(self) -> float | None:
+        """Bits per weight of the linear matrices that may not be exceeded; None where `ratio` decides."""
+        if self.ratio is not None:
+            return None
+        return self.base.bits_per_weight + DEFAULT_KEPT_BPW if self.target_bpw is None else self.target_bpw
 
     def fingerprint(self) -> dict:
         """Everything that decides the result, for `--resume`: not where files lie nor how they are made."""

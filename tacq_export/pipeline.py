@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .config import BASE_TYPES, DEFAULT_RATIO, ExportConfig
+from .config import BASE_TYPES, ExportConfig
 from .errors import TacqError
 from .load_model import LoadedModel, load_model
 from .load_task import load_task, tokenize_task
@@ -21,9 +21,9 @@ from .reporting import Reporter
 from .runtime_source import need_space
 from .score_weights import NEEDS_REFERENCE, score_weights
 from .select_weights import TensorSelection, keep_for_target, select_weights
-from .tensor_types import FORMAT_VERSION, TYPES_BY_ID, TYPES_BY_NAME, TensorType
+from .tensor_types import FORMAT_VERSION, TYPES_BY_ID
 from .workdir import WorkDir
-from .write_gguf import FILE_TYPE_TACQ, PlannedTensor, copied, encoded, numpy_shape, open_gguf, our_type, raw_bytes, write_gguf
+from .write_gguf import PlannedTensor, copied, encoded, numpy_shape, open_gguf, our_type, raw_bytes, write_gguf
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,7 @@ def export(config: ExportConfig, reporter: Reporter | None = None) -> ExportResu
     work = WorkDir.open(config)
     loaded = load_model(config.model, work.path, config.device, reporter)
     texts = tokenize_task(task, loaded.tokenizer, config.n_samples, config.seq_len)
-    base = base_type(config)
-    reporter.say(describe(loaded, texts, task.name, base, config))
+    reporter.say(describe(loaded, texts, task.name, config))
     if config.dry_run:
         work.remove()
         return None
@@ -70,11 +69,11 @@ def export(config: ExportConfig, reporter: Reporter | None = None) -> ExportResu
 
     selection = work.load_selection()
     if selection is None:
-        error = rounding_error(base.bits)
+        error = rounding_error(config.base.bits)
         if config.reference == "gptq" and config.score in NEEDS_REFERENCE:
-            error = gptq_error(base.bits, loaded, texts, config.damping, reporter)
+            error = gptq_error(config.base.bits, loaded, texts, config.damping, reporter)
         scores = score_weights(config.score, loaded.model, loaded.linear, texts, error, config.seed, reporter)
-        selection = select_weights(scores, base, n_to_keep(scores, loaded, base, config))
+        selection = select_weights(scores, config.base, n_to_keep(scores, loaded, config))
         del scores
         work.save_selection(selection)
     quantize_linear(loaded, texts, selection, config, work, reporter)
@@ -88,29 +87,20 @@ def export(config: ExportConfig, reporter: Reporter | None = None) -> ExportResu
     return result
 
 
-def base_type(config: ExportConfig) -> TensorType:
-    """The base type asked for; else TACQ2, or with a target the widest whose blocks alone stay within it."""
-    if config.base_type:
-        return TYPES_BY_NAME[config.base_type.upper()]
-    fitting = [TYPES_BY_NAME[n.upper()] for n in BASE_TYPES if TYPES_BY_NAME[n.upper()].bits_per_weight <= (config.target_bpw or 0)]
-    return fitting[-1] if fitting else TYPES_BY_NAME["TACQ2"]
+def n_to_keep(scores: dict[str, torch.Tensor], loaded: LoadedModel, config: ExportConfig) -> int:
+    """Size of the global top: a share of the weights, or as many as the limit's bits hold."""
+    if config.bpw_limit is None:
+        return round(config.ratio * sum(s.numel() for s in scores.values()))
+    return keep_for_target(scores, {t.name: t.shape for t in loaded.linear}, config.base, config.bpw_limit)
 
 
-def n_to_keep(scores: dict[str, torch.Tensor], loaded: LoadedModel, base: TensorType, config: ExportConfig) -> int:
-    """Size of the global top: a share of the weights, or as many as the target's bits hold."""
-    if config.target_bpw is not None:
-        return keep_for_target(scores, {t.name: t.shape for t in loaded.linear}, base, config.target_bpw)
-    ratio = DEFAULT_RATIO if config.ratio is None else config.ratio
-    return round(ratio * sum(s.numel() for s in scores.values()))
-
-
-def describe(loaded: LoadedModel, texts: list[list[int]], task: str, base: TensorType, config: ExportConfig) -> str:
+def describe(loaded: LoadedModel, texts: list[list[int]], task: str, config: ExportConfig) -> str:
     """The plan in one line, said before the long work begins."""
     n_linear = sum(t.weight.numel() for t in loaded.linear)
-    keep = f"to {config.target_bpw:g} bits per weight" if config.target_bpw is not None else f"{100 * (config.ratio if config.ratio is not None else DEFAULT_RATIO):.2f} %"
+    keep = f"{100 * config.ratio:g} %" if config.bpw_limit is None else f"up to {config.bpw_limit:g} bits per weight"
     others = ", ".join(f"{t.name} {kind.upper()}" for t, kind in embedding_types(loaded, config))
     return (
-        f"{loaded.name}: {len(loaded.linear)} matrices, {n_linear / 1e6:.1f} M weights -> {base.name}, kept by '{config.score}': {keep}; {others}. "
+        f"{loaded.name}: {len(loaded.linear)} matrices, {n_linear / 1e6:.1f} M weights -> {config.base.name}, kept by '{config.score}': {keep}; {others}. "
         f"Task '{task}': {len(texts)} examples, {sum(map(len, texts))} tokens."
     )
 
@@ -132,7 +122,7 @@ def metadata(config: ExportConfig, task: str, selection: dict[str, TensorSelecti
         "tacq.seq_len": config.seq_len,
         "tacq.base_model": loaded.name,
         "general.quantized_by": "tacq-export",
-        "general.file_type": FILE_TYPE_TACQ,
+        "general.file_type": config.base.id,  # our llama.cpp prints the type's name for it
         "general.quantization_version": 2,
     }
 

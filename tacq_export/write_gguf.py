@@ -16,10 +16,6 @@ from .pack_tensor import dequantize_tensor
 from .reporting import Reporter
 from .tensor_types import FORMAT_VERSION, TYPES_BY_ID, TYPES_BY_NAME, register_with_gguf
 
-# llama_ftype in our build: what `general.file_type` holds, so that llama.cpp prints "TACQ" and not a guess.
-FILE_TYPE_TACQ = 512
-FLOAT_TYPES = {"F32": np.float32, "F16": np.float16}
-
 
 @dataclass(frozen=True)
 class PlannedTensor:

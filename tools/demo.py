@@ -1,0 +1,89 @@
+#!/usr/bin/env python3
+"""Export a model for GSM8K, ask it a question in llama-cli, and measure it beside stock files. Called by tools/demo."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from fetch_models import MODELS, fetch_model
+
+from tacq_export.cli import ConsoleReporter
+from tacq_export.compare_files import table
+from tacq_export.compare_stock import compare_stock
+from tacq_export.errors import TacqError
+from tacq_export.runtime import tool
+
+DATA = Path(__file__).resolve().parent / "data"
+QUESTION = "A baker makes 12 loaves a day and sells each for 3 dollars. How many dollars does he earn in a week of 7 days?"
+
+
+def say(text: str) -> None:
+    """Progress and talk on stderr: stdout holds the answer, the table and the JSON line."""
+    print(f"\n== {text}", file=sys.stderr, flush=True)
+
+
+def export_model(model: Path, outfile: Path, options: list[str]) -> None:
+    """Run the exporter as a user would."""
+    command = [sys.executable, "-m", "tacq_export", str(model), "--task", str(DATA / "gsm8k-train-128.jsonl"), "--outfile", str(outfile), "--force", *options]
+    say(" ".join(["tacq-export", *command[3:]]))
+    if subprocess.run(command).returncode:
+        raise TacqError("the export failed, as said above.")
+
+
+def ask(file: Path, threads: int | None) -> None:
+    """One question, answered by llama-cli."""
+    say(f"llama-cli: {QUESTION}")
+    command = [str(tool("llama-cli")), "-m", str(file), "-p", QUESTION, "--single-turn", "--temp", "0", "-n", "160", "--simple-io"]
+    done = subprocess.run(command + (["-t", str(threads)] if threads else []), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace")
+    if done.returncode or not done.stdout.strip():
+        raise TacqError(f"llama-cli failed with status {done.returncode}: {done.stderr.strip()[-300:]}")
+    print(done.stdout.strip(), flush=True)
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="tools/demo", description=__doc__)
+    parser.add_argument("--model", default="smollm2-135m", choices=sorted(MODELS), help="default smollm2-135m")
+    parser.add_argument("--outdir", type=Path, default=Path("demo-out"), help="default demo-out")
+    parser.add_argument("--types", default="Q2_K,IQ3_XXS", help="stock types to compare with (default Q2_K,IQ3_XXS)")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("options", nargs="*", help="after --: more flags of tacq-export")
+    args = parser.parse_args(argv)
+    try:
+        started = time.monotonic()
+        args.outdir.mkdir(parents=True, exist_ok=True)
+        model = fetch_model(args.model)
+        outfile = args.outdir / f"{args.model}-gsm8k-tacq2.gguf"
+        threads = ["--threads", str(args.threads)] if args.threads else []
+        begun = time.monotonic()
+        export_model(model, outfile, threads + args.options)
+        seconds = time.monotonic() - begun
+        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+        ask(outfile, args.threads)
+        say("comparing with stock files (24 examples that were not calibrated on)")
+        rows, ref_ppl = compare_stock(
+            str(model), outfile, DATA / "gsm8k-train-128.jsonl", DATA / "gsm8k-test-24.jsonl", args.types.split(","), 128, 24,
+            args.threads, args.outdir / "stock", ConsoleReporter(),
+        )  # fmt: skip
+    except TacqError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"\n{args.model}; reference: its GGUF dequantized to F16, perplexity {ref_ppl:.3f}; gsm8k-test-24.jsonl, chat template, whole text")
+    print("\n".join(table(rows)))
+    print(f"everything: {time.monotonic() - started:.0f} s", flush=True)
+    ours = rows[0]
+    print(json.dumps({
+        "file_bytes": ours.file_bytes, "bpw_file": ours.bpw_file, "bpw_linear": ours.bpw_linear, "kl": ours.kl, "ppl": ours.ppl, "top1": ours.top1,
+        "seconds": round(seconds, 1), "peak_rss_bytes": peak,
+        "stock": [{key: getattr(row, key) for key in ("type", "file_bytes", "bpw_linear", "kl", "ppl", "top1")} for row in rows[1:]],
+    }))  # fmt: skip
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
