@@ -53,10 +53,10 @@ TACQ_STATIC_ASSERT(sizeof(block_tacq4) == 34, "wrong tacq4 block size");
 #define TACQ2_SCALE_BITS   5
 #define TACQ3_SCALE_BITS   6
 #define TACQ4_SCALE_BITS   7
-#define TACQ2_SCALE_ORIGIN ((127u - 13u) << 23)
+#define TACQ2_SCALE_ORIGIN ((127u - 14u) << 23)
 #define TACQ3_SCALE_ORIGIN ((127u - 15u) << 23)
 #define TACQ4_SCALE_ORIGIN ((127u - 15u) << 23)
-#define TACQ2_SCALE_STEP   (11u << 18)
+#define TACQ2_SCALE_STEP   (12u << 18)
 #define TACQ3_SCALE_STEP   (3u << 19)
 #define TACQ4_SCALE_STEP   (3u << 18)
 

@@ -68,7 +68,7 @@ CODECS = {
     2: BlockCodec(
         bits=2,
         levels=((-17, -4, 6, 19), (-14, -2, 8, 22), (-10, 0, 10, 26), (-31, -3, 5, 25)),
-        scale_bits=5, scale_origin=_float_bits(-13), scale_step=11 << 18, search_window=6,
+        scale_bits=5, scale_origin=_float_bits(-14), scale_step=12 << 18, search_window=6,
     ),
     3: BlockCodec(
         bits=3,

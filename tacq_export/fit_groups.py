@@ -14,9 +14,9 @@ import torch
 from .block_codec import CODECS
 from .tensor_types import GROUP_SIZE
 
-# How many scale steps below the first that does not clip are tried. The steps are 11/32, 3/16 and 3/32 octave, so each
-# window covers clipping the largest weight to about half. 4-bit groups try every second step.
-_WINDOW = {2: (4, 1), 3: (6, 1), 4: (8, 2)}
+# How many scale steps below the first that does not clip are tried, and how many above. The steps are 3/8, 3/16 and 3/32
+# octave: clipping the largest weight to about half pays for few levels, not for 16 (measured in tools/LOG.md).
+_WINDOW = {2: (4, 1), 3: (6, 1), 4: (8, 3)}
 _CHUNK = 8192
 
 
@@ -74,18 +74,18 @@ def fit_scale_bytes(bits: int, weights: torch.Tensor, importance: torch.Tensor |
     codec = CODECS[bits]
     device = weights.device
     magnitudes = torch.from_numpy(codec.magnitudes.copy()).to(device)
-    window, stride = _WINDOW[bits]
     shown = weights if importance is None else torch.where(importance > 0, weights, torch.zeros((), device=device))
     peak = shown.abs().amax(dim=1)
     best_err = torch.full_like(peak, float("inf"))
     best_byte = torch.zeros(peak.shape, dtype=torch.uint8, device=device)
     k_max = len(magnitudes) - 1
+    below, above = _WINDOW[bits]
     for book in range(len(codec.levels)):
         table, _ = _nearest_level(bits, book, device)
         # Below the table's range the nearest level is the first, above it the last: the clamp in _round_to_level is right.
         k_high = torch.searchsorted(magnitudes * abs(codec.codebooks[book]).max(), peak)
         for sign in (0, 1):
-            for offset in range(-window * stride, stride + 1, stride):
+            for offset in range(-below, above + 1):
                 k = (k_high + offset).clamp(1, k_max)
                 scale = magnitudes[k] * (-1.0 if sign else 1.0)
                 x = weights / scale[:, None]

@@ -18,7 +18,7 @@ LEVELS = {
     4: [[-57, -41, -31, -23, -16, -9, -3, 0, 5, 11, 16, 22, 29, 37, 47, 63]],
 }
 # Exponent of F(0), and by how much the bit pattern of F grows with k, in octaves: an octave is 2^23 bit patterns.
-SCALE = {2: (5, -13, 11 / 32), 3: (6, -15, 3 / 16), 4: (7, -15, 3 / 32)}
+SCALE = {2: (5, -14, 3 / 8), 3: (6, -15, 3 / 16), 4: (7, -15, 3 / 32)}
 
 
 def code_in_block(bits: int, block: bytes, i: int) -> int:

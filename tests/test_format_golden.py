@@ -53,13 +53,13 @@ def test_a_mixed_tensor_has_the_same_bytes_and_floats():
 def test_a_tacq2_block_by_hand():
     """Scale bytes 0x21 (codebook 1, k = 1) and 0xC0 | 0x02 (sign, codebook 2, k = 2).
 
-    F(0) = 2^-13, one step is 11/32 octave: F(1) = 1.34375 * 2^-13, F(2) = 1.6875 * 2^-13.
+    F(0) = 2^-14, one step is 3/8 octave: F(1) = 1.375 * 2^-14, F(2) = 1.75 * 2^-14.
     Codebook 1 is -14 -2 8 22, codebook 2 is -10 0 10 26. Code byte j holds weights j, 16+j, 32+j, 48+j, two bits each from
     the lowest: 0xE4 is 0, 1, 2, 3.
     """
     block = np.frombuffer(bytes([0x21, 0xC2, 0xE4] + [0x00] * 14 + [0x1B]), np.uint8)
     values = dequantize_blocks(2, *unpack_blocks(2, block))
-    first, second = 0.34375 * 2**-13, -0.6875 * 2**-13
+    first, second = 0.375 * 2**-14, -0.75 * 2**-14
     expected = [-14 * first] * 32 + [-10 * second] * 32
     expected[0], expected[16], expected[32], expected[48] = -14 * first, -2 * first, 10 * second, 26 * second
     expected[15], expected[31], expected[47], expected[63] = 22 * first, 8 * first, 0 * second, -10 * second
@@ -101,7 +101,7 @@ def test_a_mixed_tensor_by_hand():
     base = bytes([0x21, 0x00] + [0x00] * 16) + bytes([0x00, 0x22] + [0xFF] * 16)
     section = struct.pack("<IHHII", 0x53514354, 1, 0, 2, 1) + struct.pack("<III", 0, 0, 1) + struct.pack("<He", 33, 0.5)
     values = dequantize_tensor(TYPES_BY_NAME["TACQ2_S16"], np.frombuffer(base + section, np.uint8), 2, 64, "t")
-    first, second = 0.34375 * 2**-13, 0.6875 * 2**-13
+    first, second = 0.375 * 2**-14, 0.75 * 2**-14
     expected = np.zeros((2, 64))
     expected[0, :32] = -14 * first
     expected[1, 32:] = 22 * second
