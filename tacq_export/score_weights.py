@@ -58,7 +58,7 @@ def accumulate_gradients(
             logits = model(input_ids=tokens, use_cache=False).logits[0, :-1].float()
             loss = torch.nn.functional.cross_entropy(logits, tokens[0, 1:])
             if not torch.isfinite(loss):
-                raise TacqError(f"The loss of example {i + 1} is {float(loss)}; the model or that example is damaged.")
+                raise TacqError(f"The loss of example {i + 1} is {loss.item()}; the model or that example is damaged.")
             loss.backward()
     finally:
         for handle in handles:
@@ -78,7 +78,7 @@ def saliency(
     depends on seed and name only.
     """
     if score == "random":
-        generator = torch.Generator().manual_seed(seed * 0x100000000 + zlib.crc32(name.encode()))
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))  # it uses 32 bits only
         return torch.rand(weight.shape, generator=generator).to(weight.device)
     if score == "magnitude":
         return weight.abs()
