@@ -13,3 +13,38 @@ def runtime():
         return runtime_path()
     except TacqError as error:
         pytest.fail(str(error), pytrace=False)
+
+
+@pytest.fixture(scope="session")
+def load_tiny(tmp_path_factory):
+    """load_tiny(architecture): a tiny Hugging Face folder (tiny_hf.py), loaded and converted; each once in a session."""
+    from tacq_export.load_model import load_model
+    from tacq_export.reporting import Reporter
+    from tiny_hf import write_model_folder
+
+    loaded = {}
+
+    def load(architecture: str):
+        if architecture not in loaded:
+            folder = tmp_path_factory.mktemp(architecture)
+            write_model_folder(folder / "model", architecture)
+            (folder / "work").mkdir()
+            loaded[architecture] = load_model(str(folder / "model"), folder / "work", "cpu", Reporter())
+        return loaded[architecture]
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def tiny_gguf(load_tiny):
+    """The tiny llama as an F16 GGUF, which loads in a fraction of a second."""
+    return load_tiny("llama").reference_path
+
+
+@pytest.fixture(scope="session")
+def tiny_task(tmp_path_factory):
+    """A task file of eight short questions and answers."""
+    path = tmp_path_factory.mktemp("task") / "sums.jsonl"
+    rows = [f'{{"question": "how many apples are {i} and {i + 1}", "answer": "{2 * i + 1} apples are left"}}' for i in range(8)]
+    path.write_text("\n".join(rows) + "\n")
+    return path

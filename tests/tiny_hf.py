@@ -31,7 +31,8 @@ _SIZES = dict(
 ARCHITECTURES = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**_SIZES, tie_word_embeddings=False)),
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**_SIZES, tie_word_embeddings=True)),
-    "gemma3": lambda: Gemma3ForCausalLM(Gemma3TextConfig(**_SIZES, head_dim=16, query_pre_attn_scalar=16, sliding_window=64)),
+    # A GGUF has no query_pre_attn_scalar: transformers takes its default, 256, for all sizes.
+    "gemma3": lambda: Gemma3ForCausalLM(Gemma3TextConfig(**_SIZES, head_dim=16, sliding_window=64)),
 }
 CHAT_TEMPLATE = "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}\n{% endfor %}"
 

@@ -1,0 +1,160 @@
+"""Every score against its formula in DESIGN section 2, with plain autograd in float64, example by example."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+from tacq_export.block_codec import dequantize_blocks
+from tacq_export.config import SCORES
+from tacq_export.errors import TacqError
+from tacq_export.fit_groups import round_to_nearest
+from tacq_export.load_model import LinkedTensor
+from tacq_export.quantize_model import rounding_error
+from tacq_export.reporting import Reporter
+from tacq_export.score_weights import accumulate_gradients, score_weights
+from tiny_hf import VOCAB, tiny_model
+
+TEXTS = [[1, 5, 9, 20, 33, 270, 4], [1, 300, 12, 5, 5, 91], [1, 44]]
+
+
+@pytest.fixture(scope="module", params=["llama", "gemma3"])
+def model(request):
+    return tiny_model(request.param).requires_grad_(False)
+
+
+def matrices(model) -> list[LinkedTensor]:
+    return [LinkedTensor(f"gguf.{name}", name, m, None) for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "layers" in name]
+
+
+def reference_error(tensor: LinkedTensor) -> torch.Tensor:
+    """W - Q(W) of a Q that anyone can write down: multiples of 1/8."""
+    return tensor.weight - (tensor.weight * 8).round() / 8
+
+
+@pytest.fixture(scope="module")
+def gradients(model) -> dict[str, list[torch.Tensor]]:
+    """{module name: dL/dW of each text}, float64, from a copy in which everything has gradients."""
+    double = copy.deepcopy(model).double().requires_grad_(True)
+    found: dict[str, list[torch.Tensor]] = {t.module_name: [] for t in matrices(model)}
+    for text in TEXTS:
+        double.zero_grad(set_to_none=True)
+        logits = double(input_ids=torch.tensor([text])).logits[0]
+        loss = sum(-torch.log_softmax(logits[i], -1)[text[i + 1]] for i in range(len(text) - 1)) / (len(text) - 1)
+        loss.backward()
+        for name, grads in found.items():
+            grads.append(double.get_submodule(name).weight.grad.clone())
+    return found
+
+
+FORMULAS = {
+    "tacq": lambda g, w, e: sum(x.abs() for x in g) * e.abs() * w.abs(),
+    "tacq-no-magnitude": lambda g, w, e: sum(x.abs() for x in g) * e.abs(),
+    "tacq-no-error": lambda g, w, e: sum(x.abs() for x in g) * w.abs(),
+    "gradient": lambda g, w, e: sum(x.abs() for x in g),
+    "fisher": lambda g, w, e: sum(x**2 for x in g) * e**2,
+    "magnitude": lambda g, w, e: w.abs(),
+}
+
+
+def test_every_score_has_a_formula_here():
+    assert set(SCORES) == {*FORMULAS, "random"}
+
+
+@pytest.mark.parametrize("score", FORMULAS)
+def test_scores_are_their_formulas(model, gradients, score):
+    """float32 gradients of two layers agree with float64 to 1e-4 of the largest in a matrix (measured 1e-6 to 1e-5)."""
+    scores = score_weights(score, model, matrices(model), TEXTS, reference_error, 0, Reporter())
+    assert set(scores) == {t.name for t in matrices(model)}
+    for tensor in matrices(model):
+        error = reference_error(tensor).double()
+        expected = FORMULAS[score](gradients[tensor.module_name], tensor.weight.double(), error)
+        found = scores[tensor.name]
+        assert found.dtype == torch.float32 and found.shape == tensor.weight.shape and (found >= 0).all()
+        np.testing.assert_allclose(found.double().numpy(), expected.numpy(), rtol=1e-3, atol=1e-4 * float(expected.max()))
+
+
+def test_sums_are_over_examples_and_not_over_their_mean(model, gradients):
+    """|g_1| + |g_2| is not |g_1 + g_2|: the difference must be visible in this test."""
+    name = matrices(model)[0].module_name
+    added = sum(gradients[name]).abs()
+    assert (sum(g.abs() for g in gradients[name]) - added).abs().max() > 0.1 * added.max()
+
+
+def test_the_random_score_depends_on_seed_and_name_only(model):
+    first = score_weights("random", model, matrices(model), TEXTS, reference_error, 3, Reporter())
+    reordered = score_weights("random", model, matrices(model)[::-1], [], reference_error, 3, Reporter())
+    other = score_weights("random", model, matrices(model), TEXTS, reference_error, 4, Reporter())
+    names = list(first)
+    for name in names:
+        assert torch.equal(first[name], reordered[name]) and not torch.equal(first[name], other[name])
+        assert 0.4 < float(first[name].mean()) < 0.6 and float(first[name].min()) >= 0 and float(first[name].max()) < 1
+    same_shape = [n for n in names if first[n].shape == first[names[0]].shape]
+    assert not torch.equal(first[same_shape[0]], first[same_shape[1]])
+
+
+def assert_restored(model):
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is None and not parameter.requires_grad, name
+        assert not parameter._post_accumulate_grad_hooks, name
+
+
+@pytest.mark.parametrize("score", ["tacq", "fisher", "gradient"])
+def test_the_model_is_left_as_it_was(model, score):
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    score_weights(score, model, matrices(model), TEXTS, reference_error, 0, Reporter())
+    assert_restored(model)
+    assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
+
+
+def test_a_second_run_gives_the_same_bits(model):
+    first, second = (score_weights("tacq", model, matrices(model), TEXTS, reference_error, 0, Reporter()) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_gradient_memory_is_one_matrix(model, monkeypatch):
+    """Whenever the hook of one matrix runs, no other has a gradient."""
+    tensors = matrices(model)
+    held = []
+    original = torch.Tensor.register_post_accumulate_grad_hook
+
+    def register(parameter, hook):
+        def watched(p):
+            hook(p)
+            held.append(sum(t.module.weight.grad is not None for t in tensors))
+
+        return original(parameter, watched)
+
+    monkeypatch.setattr(torch.nn.Parameter, "register_post_accumulate_grad_hook", register)
+    accumulate_gradients(model, {t.name: t.module for t in tensors}, TEXTS[:1], 1, Reporter())
+    assert held == [0] * len(tensors)
+
+
+def test_a_loss_that_is_no_number_is_refused_and_the_model_restored(model):
+    broken = copy.deepcopy(model)
+    with torch.no_grad():
+        broken.get_output_embeddings().weight[:] = float("inf")
+    with pytest.raises(TacqError, match="The loss of example 1 is nan; the model or that example is damaged."):
+        score_weights("tacq", broken, matrices(broken), TEXTS, reference_error, 0, Reporter())
+    assert_restored(broken)
+
+
+def test_a_score_that_is_not_finite_is_refused_by_name(model):
+    tensors = matrices(model)
+    with pytest.raises(TacqError, match=f"tensor '{tensors[0].name}': the score 'tacq' is not finite"):
+        score_weights("tacq", model, tensors, TEXTS, lambda t: torch.full_like(t.weight, float("inf")), 0, Reporter())
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_the_rounding_reference_is_the_weight_less_its_decoded_codes(model, bits):
+    for tensor in matrices(model)[:2]:
+        codes, scale_bytes = (x.numpy() for x in round_to_nearest(bits, tensor.weight))
+        expected = tensor.weight.numpy() - dequantize_blocks(bits, codes, scale_bytes)
+        assert np.array_equal(rounding_error(bits)(tensor).numpy(), expected)
+
+
+def test_tokens_are_within_the_vocabulary():
+    assert max(map(max, TEXTS)) < VOCAB
