@@ -61,12 +61,16 @@ class ExportConfig:
             if value is not None:
                 object.__setattr__(self, name, Path(value))
         if self.workdir is None:
-            object.__setattr__(self, "workdir", self.outfile.with_name(self.outfile.name + ".work"))
+            object.__setattr__(self, "workdir", self._own_workdir)
+
+    @property
+    def _own_workdir(self) -> Path:
+        return self.outfile.parent / (self.outfile.name + ".work")  # with_name() refuses "." and "/", which validate() names
 
     @property
     def keeps_workdir(self) -> bool:
         """True if the user named the work folder: then it is left in place."""
-        return self.workdir != self.outfile.with_name(self.outfile.name + ".work")
+        return self.workdir != self._own_workdir
 
     def validate(self) -> None:
         """Raises TacqError for the first option that cannot work, naming it, its value and what is expected."""

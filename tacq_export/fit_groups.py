@@ -16,7 +16,7 @@ from .tensor_types import GROUP_SIZE
 
 # How many scale steps below the first that does not clip are tried, and how many above. The steps are 3/8, 3/16 and 3/32
 # octave: clipping the largest weight to about half pays for few levels, not for 16 (measured in tools/LOG.md).
-_WINDOW = {2: (4, 1), 3: (6, 1), 4: (8, 3)}
+_WINDOW = {2: (4, 1), 3: (6, 1), 4: (8, 4)}
 _CHUNK = 8192
 
 

@@ -28,6 +28,7 @@ from .tensor_types import BLOCK_SIZE, TYPES_BY_ID
 from .write_gguf import dequantize_gguf, field_value, numpy_shape, open_gguf, tensor_values, written_atomically
 
 EMBEDDING, HEAD = "token_embd.weight", "output.weight"
+_F16_COPY = ("the model at F16", "give --workdir on a larger disk")
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ def _dequantize_to_f16(path: Path, reference_path: Path, reporter: Reporter) -> 
     if any(int(t.tensor_type) in TYPES_BY_ID for t in reader.tensors):
         raise TacqError(f"{path} is already a TACQ file; export from the original model, what it lost is gone.")
     reporter.say(f"Dequantizing {path.name} to F16 ...")
-    need_space(reference_path.parent, 2.1e-9 * sum(t.n_elements for t in reader.tensors))
+    need_space(reference_path.parent, 2.1e-9 * sum(int(t.n_elements) for t in reader.tensors), *_F16_COPY)
     dequantize_gguf(path, reference_path, "f16", reporter)
 
 
@@ -173,7 +174,7 @@ def _convert_to_f16(folder: Path, reference_path: Path, reporter: Reporter) -> N
     script = source_tree(reporter.say) / "convert_hf_to_gguf.py"
     reporter.say("Converting it to an F16 GGUF with llama.cpp's convert_hf_to_gguf.py ...")
     weights = sum(p.stat().st_size for p in folder.iterdir() if p.suffix in (".safetensors", ".bin"))
-    need_space(reference_path.parent, 1.1e-9 * weights)
+    need_space(reference_path.parent, 1.1e-9 * weights, *_F16_COPY)
     env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "NO_LOCAL_GGUF")} | {"CUDA_VISIBLE_DEVICES": ""}
     with written_atomically(reference_path) as partial:
         command = [sys.executable, str(script), str(folder), "--outtype", "f16", "--outfile", str(partial)]

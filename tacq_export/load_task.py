@@ -66,8 +66,11 @@ def _parse_line(path: Path, number: int, line: str) -> Example:
 
     try:
         row = json.loads(line)
+        json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair is legal JSON, and no text
     except json.JSONDecodeError as error:
         raise fail(f"not valid JSON ({error.msg} at column {error.colno}); each line must be one JSON object") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+        raise fail(f"not valid JSON ({str(error)[:120]}); each line must be one JSON object") from None
     if not isinstance(row, dict):
         raise fail(f"a JSON {type(row).__name__}, expected an object with {_EXPECTED}")
     for user, assistant in _PAIRS:

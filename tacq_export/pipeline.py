@@ -65,7 +65,7 @@ def export(config: ExportConfig, reporter: Reporter | None = None) -> ExportResu
     if config.dry_run:
         work.remove()
         return None
-    need_space(config.outfile.parent, 1.1e-9 * upper_bound_bytes(loaded, config))
+    need_space(config.outfile.parent, 1.1e-9 * upper_bound_bytes(loaded, config), "the output", "give --outfile on a larger disk")
 
     selection = work.load_selection()
     if selection is None:

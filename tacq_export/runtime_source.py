@@ -80,15 +80,12 @@ def locked(path: Path, say: Say) -> Iterator[None]:
         yield
 
 
-def need_space(folder: Path, gigabytes: float) -> None:
-    """TacqError unless the file system of `folder` has that much free."""
+def need_space(folder: Path, gigabytes: float, what: str = "the build", elsewhere: str = "set TACQ_EXPORT_CACHE to a folder on a larger disk") -> None:
+    """TacqError unless the file system of `folder` has that much free. what needs it, and how to choose another place."""
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free / 1e9
     if free < gigabytes:
-        raise TacqError(
-            f"{folder} has {free:.1f} GB free and the build needs {gigabytes:.1f} GB; "
-            "free some space, or set TACQ_EXPORT_CACHE to a folder on a larger disk."
-        )
+        raise TacqError(f"{folder} has {free:.1f} GB free and {what} needs {gigabytes:.1f} GB; free some space, or {elsewhere}.")
 
 
 def pip_download(requirement: str, folder: Path, options: list[str], hint: str) -> None:
