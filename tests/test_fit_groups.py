@@ -32,21 +32,21 @@ def samples(seed: int, n: int = 24) -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("weighted", [False, True])
 def test_the_fit_is_nearly_as_good_as_the_best_of_all_256_bytes(bits, weighted):
-    """Measured on 1000 normal groups: 0 % more for 2 bits, 0.05 % for 3, 8.7 % for 4, whose search skips every second
-    scale. An importance over four decades moves the best scale further from the largest weight."""
+    """The window of scales costs next to nothing for 2 and 3 bits, and 4-bit groups some per cent of their small error. An
+    importance over four decades moves the best scale further from the largest weight."""
     groups, importance = samples(bits)
     if not weighted:
         importance = np.ones_like(importance)
     found = fit_scale_bytes(bits, torch.from_numpy(groups), torch.from_numpy(importance) if weighted else None).numpy()
     errors = [weighted_error(bits, g, int(b), i) for g, b, i in zip(groups.astype(float), found, importance.astype(float), strict=True)]
     least = [min(weighted_error(bits, g, b, i) for b in range(256)) for g, i in zip(groups.astype(float), importance.astype(float), strict=True)]
-    assert np.mean(np.array(errors) / least) < {2: 1.05, 3: 1.05, 4: 1.25}[bits]
+    assert np.mean(np.array(errors) / least) < {2: 1.05, 3: 1.05, 4: 1.1}[bits]
 
 
 @pytest.mark.parametrize("bits", BITS)
 def test_the_fit_is_the_best_of_its_window(bits):
     """The candidates written out: every sign and codebook; scales around the first that does not clip the largest weight."""
-    below, above, step = {2: (4, 1, 1), 3: (6, 1, 1), 4: (16, 2, 2)}[bits]
+    below, above = {2: (4, 1), 3: (6, 1), 4: (8, 3)}[bits]
     groups, importance = samples(10 + bits)
     found = fit_scale_bytes(bits, torch.from_numpy(groups), torch.from_numpy(importance)).numpy()
     codec = CODECS[bits]
@@ -55,7 +55,7 @@ def test_the_fit_is_the_best_of_its_window(bits):
         for book, levels in enumerate(codec.levels):
             reach = codec.magnitudes.astype(float) * max(map(abs, levels))
             first = int((reach < np.abs(g).max()).sum())
-            ks = np.clip(np.arange(first - below, first + above + 1, step), 1, len(reach) - 1)
+            ks = np.clip(np.arange(first - below, first + above + 1), 1, len(reach) - 1)
             tried += [sign | book << codec.scale_bits | int(k) for sign in (0, 128) for k in ks]
         # float32 sums of 32 terms: a relative error of some 1e-6
         assert weighted_error(bits, g, int(byte), i) <= min(weighted_error(bits, g, b, i) for b in tried) * (1 + 1e-5)
