@@ -32,6 +32,15 @@ class PlannedTensor:
         return int(np.prod(self.shape)) // block * size
 
 
+class _Reader(gguf.GGUFReader):
+    """gguf-py reads nothing past the end of a file, without a word, and so may loop over a length of 2^60 that a file claims."""
+
+    def _get(self, offset, dtype, count=1, override_order=None):
+        if int(offset) + int(count) * np.dtype(dtype).itemsize > len(self.data):
+            raise ValueError(f"it ends at byte {len(self.data)}, in the middle of something")
+        return super()._get(offset, dtype, count, override_order)
+
+
 def open_gguf(path: Path | str) -> gguf.GGUFReader:
     """Reader of a GGUF, memory-mapped. Raises TacqError if it is missing, damaged, or of a newer TACQ format."""
     register_with_gguf()
@@ -39,7 +48,7 @@ def open_gguf(path: Path | str) -> gguf.GGUFReader:
     if not path.is_file():
         raise TacqError(f"There is no file {path}; give the path of a GGUF.")
     try:
-        reader = gguf.GGUFReader(path)
+        reader = _Reader(path)
     except (ValueError, IndexError, KeyError, OverflowError, OSError, UnicodeDecodeError) as error:
         raise TacqError(f"{path} is not a GGUF file, or is damaged or cut off ({error}); fetch or export it again.") from None
     version = field_value(reader, "tacq.format_version")
@@ -52,6 +61,14 @@ def field_value(reader: gguf.GGUFReader, key: str):
     """Value of a metadata key, None if the file has no such key."""
     field = reader.get_field(key)
     return None if field is None else field.contents()
+
+
+def _value_for_writer(field: gguf.gguf_reader.ReaderField):
+    """A field's value; strings as bytes, so that those that are no UTF-8 are kept as they are."""
+    if field.types[-1] != gguf.GGUFValueType.STRING:
+        return field.contents()
+    strings = [bytes(field.parts[i]) for i in field.data]
+    return strings if field.types[0] == gguf.GGUFValueType.ARRAY else strings[0]
 
 
 def numpy_shape(tensor: gguf.gguf_reader.ReaderTensor) -> tuple[int, ...]:
@@ -127,11 +144,14 @@ def write_gguf(
     Raises TacqError when the disk is full or the file cannot be written; then there is no file at all.
     """
     writer = gguf.GGUFWriter(None, field_value(source, "general.architecture"), use_temp_file=False)
+    writer.data_alignment = int(source.alignment)
     for field in source.fields.values():
         if field.name.startswith(("GGUF.", *dropped_prefixes)) or field.name in ("general.architecture", *replaced_keys):
             continue
-        sub_type = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
-        writer.add_key_value(field.name, field.contents(), field.types[0], sub_type=sub_type)
+        is_array = field.types[0] == gguf.GGUFValueType.ARRAY
+        if is_array and not field.data:
+            continue  # gguf-py writes no empty array, and none is missed
+        writer.add_key_value(field.name, _value_for_writer(field), field.types[0], sub_type=field.types[-1] if is_array else None)
     for key, value in replaced_keys.items():
         kind = {int: gguf.GGUFValueType.UINT32, float: gguf.GGUFValueType.FLOAT32, str: gguf.GGUFValueType.STRING}[type(value)]
         writer.add_key_value(key, value, kind)
