@@ -26,7 +26,10 @@ COMMANDS = {
 class ConsoleReporter(Reporter):
     """Lines and progress bars on stderr; stdout is for results."""
 
+    latest: ConsoleReporter | None = None
+
     def __init__(self) -> None:
+        ConsoleReporter.latest = self
         self._bar = None
         self._what = ""
         self._since = 0.0
@@ -265,9 +268,13 @@ def main(argv: list[str] | None = None) -> int:
     named = bool(argv) and argv[0] in RUN and not (argv[0] != "runtime" and os.path.exists(argv[0]) and "--task" in argv)
     command = argv[0] if named else "export"
     try:
-        RUN[command](argv[1:] if named else argv, f"tacq-export {command}" if named else "tacq-export")
+        try:
+            RUN[command](argv[1:] if named else argv, f"tacq-export {command}" if named else "tacq-export")
+        finally:
+            if ConsoleReporter.latest:
+                ConsoleReporter.latest.close()  # an error gets a line of its own, below the bar
     except TacqError as error:
-        print(f"\nerror: {error}" if sys.stderr.isatty() else f"error: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\ninterrupted; the same command with --resume goes on with an export", file=sys.stderr)
