@@ -39,14 +39,15 @@ class WorkDir:
         if config.resume:
             if not marker.is_file():
                 raise TacqError(f"There is no unfinished export in {path}; run without --resume.")
-            earlier = json.loads(marker.read_text())
-            if earlier != state:
-                before, now = _flat(earlier), _flat(state)
-                what = next(key for key in now | before if before.get(key) != now.get(key))
-                raise TacqError(f"The unfinished export in {path} is another one ({what}: then {before.get(what)}, now {now.get(what)}); run without --resume.")
-            return cls(path)
+            if difference := _difference(_read_state(marker), state):
+                raise TacqError(f"The unfinished export in {path} is another one ({difference}); run without --resume.")
+            if not config.dry_run:
+                return cls(path)
         if path.exists() and not marker.is_file() and (not path.is_dir() or any(path.iterdir())):
             raise TacqError(f"{path} exists and is no work folder of tacq-export; give another with --workdir.")
+        if config.dry_run:  # elsewhere: trying out must not cost unfinished work
+            path = path.with_name(path.name + ".dry-run")
+            marker = path / "state.json"
         shutil.rmtree(path, ignore_errors=True)
         try:
             (path / "tensors").mkdir(parents=True)
@@ -92,8 +93,21 @@ class WorkDir:
         return self.path / "tensors" / (name + ending)
 
 
-def _flat(state: dict) -> dict:
-    return {key: value for key, value in state.items() if key != "options"} | state.get("options", {})
+def _read_state(marker: Path) -> dict:
+    """The state of earlier work; one that equals nothing if the file is damaged."""
+    try:
+        state = json.loads(marker.read_text())
+    except ValueError:
+        state = None
+    return state if isinstance(state, dict) and isinstance(state.get("options"), dict) else {"options": {}}
+
+
+def _difference(earlier: dict, state: dict) -> str:
+    """What is not as it was, in words; empty if nothing."""
+    before, now = earlier["options"], state["options"]
+    changed = [f"{key}: then {before.get(key)}, now {now[key]}" for key in now if before.get(key) != now[key]]
+    changed += [f"the files of the {key} have changed" for key in ("model", "task") if earlier.get(key) != state[key]]
+    return changed[0] if changed else "" if earlier == state else "of another version of this program"
 
 
 def _sha256(path: Path) -> str:
