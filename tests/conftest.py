@@ -1,5 +1,10 @@
 """Fixtures shared by the tests."""
 
+import os
+
+# Read when torch is imported. The matrices here are tiny: on two busy cores a second thread makes them ten times slower.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 
 from tacq_export.errors import TacqError
