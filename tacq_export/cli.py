@@ -169,7 +169,9 @@ def run_verify(argv: list[str], prog: str) -> None:
             texts = tokenize_with_gguf(load_task(Path(args.task)), args.against, args.n_samples, 2048)
             quality = compare_models(args.against, args.file, texts, args.threads, shown)
         else:
-            quality = compare_on_text(args.against, args.file, Path(args.text).read_text(encoding="utf-8"), 512, args.n_samples, args.threads, shown)
+            from .load_task import read_text
+
+            quality = compare_on_text(args.against, args.file, read_text(Path(args.text)), 512, args.n_samples, args.threads, shown)
         result |= quality.as_dict()
     if args.json:
         print(json.dumps(result))

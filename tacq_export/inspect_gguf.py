@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from .errors import TacqError
 from .pack_tensor import unpack_tensor
 from .tensor_types import TYPES_BY_ID
 from .write_gguf import field_value, numpy_shape, open_gguf, raw_bytes
@@ -66,6 +67,8 @@ class FileFacts:
 def inspect_gguf(path: Path | str) -> FileFacts:
     """Facts of any GGUF. Our tensors are unpacked and checked: raises TacqError for a damaged one."""
     reader = open_gguf(path)
+    if not reader.tensors:
+        raise TacqError(f"{path} holds no tensors; give a GGUF of a model.")
     tensors = []
     for tensor in reader.tensors:
         ours = TYPES_BY_ID.get(int(tensor.tensor_type))

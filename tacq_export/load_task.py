@@ -44,16 +44,22 @@ class Task:
     packed: bool
 
 
-def load_task(path: Path) -> Task:
-    """Read a task file. Raises TacqError, with the line's number where there is one, if it is missing, empty or malformed."""
+def read_text(path: Path) -> str:
+    """Raises TacqError for a file that cannot be read, is not UTF-8, or empty."""
     try:
         content = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise TacqError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8.") from None
     except OSError as error:
-        raise TacqError(f"{path} cannot be read ({error.strerror}); give a JSONL or text file with --task.") from None
+        raise TacqError(f"{path} cannot be read ({error.strerror}); give a JSONL or text file.") from None
     if not content.strip():
         raise TacqError(f"{path} is empty; put at least one example into it.")
+    return content
+
+
+def load_task(path: Path) -> Task:
+    """Read a task file. Raises TacqError, with the line's number where there is one, if it is missing, empty or malformed."""
+    content = read_text(path)
     if path.suffix.lower() not in (".jsonl", ".json", ".ndjson"):
         return Task(path.stem, [Example(text=content)], packed=True)
     lines = enumerate(content.split("\n"), 1)  # not splitlines(): JSON strings may hold U+2028
