@@ -115,7 +115,7 @@ def test_empty_files_are_refused(tmp_path, content, name):
 
 
 def test_missing_files_folders_and_other_encodings_are_refused(tmp_path):
-    with pytest.raises(TacqError, match=r"gone.jsonl cannot be read \(No such file or directory\); give a JSONL or text file with --task."):
+    with pytest.raises(TacqError, match=r"gone.jsonl cannot be read \(No such file or directory\); give a JSONL or text file."):
         load_task(tmp_path / "gone.jsonl")
     with pytest.raises(TacqError, match=r"cannot be read \(Is a directory\)"):
         load_task(tmp_path)
