@@ -14,6 +14,8 @@ from .errors import TacqError
 from .sparse_section import capacity
 from .tensor_types import BLOCK_SIZE, SPARSE_DENSITIES, TensorType
 
+_MOST_COLUMNS = 1 << 16  # column indices have 16 bits
+
 
 @dataclass(frozen=True)
 class TensorSelection:
@@ -111,7 +113,8 @@ def keep_for_target(scores: dict[str, torch.Tensor], shapes: dict[str, tuple[int
 def select_weights(scores: dict[str, torch.Tensor], base: TensorType, n_keep: int) -> dict[str, TensorSelection]:
     """The global top `n_keep`, in the smallest sparse sections that hold it, filled up with the next most salient weights.
 
-    A tensor whose share is more than the largest section holds keeps its own most salient ones.
+    A tensor whose share is more than the largest section holds keeps its own most salient ones; one that is too small for
+    any section, or too wide for its column indices, keeps none.
     """
     top = global_top(scores, n_keep)
     selections = {}
@@ -119,6 +122,8 @@ def select_weights(scores: dict[str, torch.Tensor], base: TensorType, n_keep: in
         rows, columns = score.shape
         p = density_for(rows, rows * columns, len(top[name]))
         room = min(capacity(rows, rows * columns, p), rows * columns) if p else 0
+        if room < 1 or columns > _MOST_COLUMNS:
+            p, room = 0, 0
         if room == 0:
             kept = torch.empty(0, dtype=torch.int64)
         elif room == len(top[name]):
