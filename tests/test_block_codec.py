@@ -199,6 +199,13 @@ def test_zero_groups_tiny_and_huge_weights(bits):
     assert values[0, 40] == -scale_of(bits, (1 << SCALE[bits][0]) - 1) * max(abs(level) for book in LEVELS[bits] for level in book)
 
 
+@pytest.mark.parametrize(("bits", "first"), [(2, 31 - 6), (3, 63 - 10), (4, 127 - 16)])
+def test_the_first_candidate_wins_a_tie(bits, first):
+    """Beside 1e30 every level is 0 in float32, so all errors are equal: sign +, codebook 0, the lowest scale of the window."""
+    codes, scale_bytes = quantize_ref(bits, np.full((1, 64), 1e30, np.float32))
+    assert scale_bytes.tolist() == [[first, first]] and (codes == 0).all()
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_weights_that_are_no_numbers_are_refused(bad):
     weights = np.ones((1, 64), np.float32)

@@ -6,10 +6,14 @@ import numpy as np
 import pytest
 import torch
 
+from tacq_export import quantize_model
 from tacq_export.block_codec import CODECS
+from tacq_export.config import ExportConfig
 from tacq_export.errors import TacqError
 from tacq_export.fit_groups import dequantize_groups, fit_scale_bytes, round_to_nearest
+from tacq_export.pipeline import export
 from tacq_export.quantize_gptq import inverse_hessian_cholesky, quantize_gptq
+from tacq_export.write_gguf import open_gguf, tensor_values
 
 ROWS, COLUMNS, DAMPING = 16, 192, 0.01  # more columns than are updated one by one (128), and not a multiple of them
 BITS = [2, 3, 4]
@@ -164,3 +168,34 @@ def test_the_same_input_gives_the_same_bytes():
     weights, hessian, kept = problem(66)
     first, second = (quantize_gptq(2, weights, hessian, kept, DAMPING) for _ in range(2))
     assert torch.equal(first.codes, second.codes) and torch.equal(first.kept_values, second.kept_values)
+
+
+def test_an_exported_file_holds_what_gptq_gave_in_the_rows_of_the_gguf(tiny_gguf, tiny_task, tmp_path, monkeypatch):
+    """Codes, scales and kept differences of every matrix, through packing, permuting (Llama's q and k) and writing."""
+    results = {}
+
+    def watched(bits, weights, hessian, kept, damping, name, upper):
+        results[name] = quantize_gptq(bits, weights, hessian, kept, damping, name, upper)
+        return results[name]
+
+    monkeypatch.setattr(quantize_model, "quantize_gptq", watched)
+    outfile = tmp_path / "out.gguf"
+    export(ExportConfig(model=str(tiny_gguf), task=tiny_task, outfile=outfile, ratio=0.02, n_samples=3, seq_len=32, device="cpu", output_tensor_type="q8_0"))
+    tensors = {t.name: t for t in open_gguf(outfile).tensors}
+    reference = {t.name: t for t in open_gguf(tiny_gguf).tensors}
+    assert len(results) == 14 and any(t.tensor_type.name.startswith("TACQ2_S") for t in tensors.values())
+    for name, result in results.items():
+        expected = dequantize_groups(2, result.codes, result.scale_bytes)
+        if result.kept_values is not None:
+            assert (result.kept_values != 0).any()
+            expected = expected + result.kept_values.half().float()
+        heads = {"attn_q": 4, "attn_k": 2}.get(name.split(".")[2])
+        if heads:  # row (head, half, i) becomes row (head, i, half)
+            expected = expected.reshape(heads, 2, 8, 64).transpose(1, 2).reshape(expected.shape)
+        assert np.array_equal(tensor_values(tensors[name]), expected.numpy()), name
+    embedding = torch.from_numpy(tensor_values(reference["token_embd.weight"]))
+    assert np.array_equal(tensor_values(tensors["token_embd.weight"]), dequantize_groups(4, *round_to_nearest(4, embedding)).numpy())
+    assert tensors["output.weight"].tensor_type.name == "Q8_0"
+    for name, tensor in reference.items():
+        if len(tensor.shape) == 1:
+            assert tensors[name].data.tobytes() == tensor.data.tobytes(), name

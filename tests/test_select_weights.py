@@ -119,6 +119,16 @@ def test_room_for_more_than_there_are_weights_keeps_each_once():
     assert len(kept) == room(2, 64, 16) == len(set(kept.tolist()))
 
 
+def test_tensors_too_small_for_a_section_or_too_wide_for_its_indices_keep_nothing():
+    """16 bytes per 64 weights do not hold the header of a 1 x 64 matrix; columns are stored in 16 bits."""
+    scores = {"small": torch.rand(1, 64) + 1, "wide": torch.rand(2, 65536 + 64) + 1, "widest": torch.rand(2, 65536), "plain": torch.rand(8, 64)}
+    selection = select_weights(scores, TACQ2, 2000)
+    for name in ("small", "wide"):
+        assert selection[name].type is TACQ2 and len(selection[name].kept) == selection[name].selected == 0
+    assert selection["plain"].type is TACQ2 and selection["widest"].type is TACQ2  # nothing of the top
+    assert select_weights({"widest": scores["widest"]}, TACQ2, 2000)["widest"].selected == 2000
+
+
 def linear_bits(scores: dict[str, torch.Tensor], n: int, base) -> float:
     """Bits per weight of what select_weights chooses."""
     chosen = select_weights(scores, base, n)
