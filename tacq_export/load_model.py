@@ -122,6 +122,10 @@ def _dequantize_to_f16(path: Path, reference_path: Path, reporter: Reporter) -> 
         raise TacqError(f"{path} holds no model (tensors and general.architecture); give a GGUF of a language model.")
     if any(int(t.tensor_type) in TYPES_BY_ID for t in reader.tensors):
         raise TacqError(f"{path} is already a TACQ file; export from the original model, what it lost is gone.")
+    architecture = field_value(reader, "general.architecture")
+    for key in ("block_count", "embedding_length", "feed_forward_length", "attention.head_count"):
+        if field_value(reader, f"{architecture}.{key}") is None:  # transformers would take its default, that of a 7B model
+            raise TacqError(f"{path} has no key {architecture}.{key}; it is damaged or incomplete, fetch it again.")
     reporter.say(f"Dequantizing {path.name} to F16 ...")
     need_space(reference_path.parent, 2.1e-9 * sum(int(t.n_elements) for t in reader.tensors), *_F16_COPY)
     dequantize_gguf(path, reference_path, "f16", reporter)
