@@ -56,6 +56,7 @@ class ExportConfig:
     dry_run: bool = False
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "model", str(self.model))  # a Path is as good
         for name in ("task", "outfile", "workdir"):
             value = getattr(self, name)
             if value is not None:
