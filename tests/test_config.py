@@ -101,6 +101,7 @@ def test_an_outfile_without_a_name_is_named(make, outfile):
 def test_strings_become_paths_and_the_work_folder_lies_beside_the_output(make, tmp_path):
     config = make(task=str(tmp_path / "task.jsonl"), outfile=str(tmp_path / "x.gguf"))
     assert (config.task, config.outfile) == (tmp_path / "task.jsonl", tmp_path / "x.gguf")
+    assert make(model=tmp_path / "m.gguf").model == str(tmp_path / "m.gguf"), "names, sizes and dates go into a JSON file"
     assert config.workdir == tmp_path / "x.gguf.work" and not config.keeps_workdir
     assert make(workdir=str(tmp_path / "w")).keeps_workdir
 

@@ -16,7 +16,7 @@ from tacq_export.errors import TacqError
 from tacq_export.load_model import link_tensors, load_model
 from tacq_export.reporting import Reporter
 from tacq_export.tensor_types import tensor_type
-from tacq_export.write_gguf import open_gguf
+from tacq_export.write_gguf import copied, open_gguf, write_gguf
 from tiny_hf import tiny_model, write_model_folder
 from tiny_model import write_tiny_model
 
@@ -161,6 +161,8 @@ def test_a_device_that_is_not_there_is_named(tiny_gguf, work, device):
 
 def test_a_gguf_architecture_that_transformers_cannot_load_is_named(tmp_path, work):
     writer = gguf.GGUFWriter(tmp_path / "other.gguf", "rwkv6")
+    for add in (writer.add_block_count, writer.add_embedding_length, writer.add_feed_forward_length, writer.add_head_count):
+        add(1)
     writer.add_tensor("token_embd.weight", np.ones((4, 64), np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -168,6 +170,14 @@ def test_a_gguf_architecture_that_transformers_cannot_load_is_named(tmp_path, wo
     writer.close()
     message = fails(tmp_path / "other.gguf", work)
     assert "transformers cannot load a GGUF of architecture 'rwkv6'" in message and "give the model's Hugging Face folder instead" in message
+
+
+@pytest.mark.parametrize("key", ["block_count", "embedding_length", "feed_forward_length", "attention.head_count"])
+def test_a_gguf_without_its_sizes_is_refused_by_key(tiny_gguf, tmp_path, work, key):
+    """transformers would build a model of its default sizes, and be killed for the memory."""
+    reader = open_gguf(tiny_gguf)
+    write_gguf(tmp_path / "less.gguf", reader, [copied(t) for t in reader.tensors], {}, Reporter(), dropped_prefixes=(f"llama.{key}",))
+    assert f"less.gguf has no key llama.{key}; it is damaged or incomplete" in fails(tmp_path / "less.gguf", work)
 
 
 # -- link_tensors alone: a torch model and a GGUF written here by hand ----------------------------------------------------
