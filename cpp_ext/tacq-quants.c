@@ -17,14 +17,15 @@ typedef struct {
     int            scale_bits;
     uint32_t       scale_origin;
     uint32_t       scale_step;
-    int            search_window; // how far below the smallest scale that does not clip the search looks
+    int            search_below;  // how far from the smallest scale that does not clip the search looks
+    int            search_above;
     int            zero_code;     // the smallest level of the first codebook: what a group of zeros gets
     const int8_t * levels;        // [codebooks][1 << bits]
 } tacq_codec;
 
-static const tacq_codec codec_tacq2 = { 2, TACQ2_SCALE_BITS, TACQ2_SCALE_ORIGIN, TACQ2_SCALE_STEP,  6, 1, levels_tacq2 };
-static const tacq_codec codec_tacq3 = { 3, TACQ3_SCALE_BITS, TACQ3_SCALE_ORIGIN, TACQ3_SCALE_STEP, 10, 3, levels_tacq3 };
-static const tacq_codec codec_tacq4 = { 4, TACQ4_SCALE_BITS, TACQ4_SCALE_ORIGIN, TACQ4_SCALE_STEP, 16, 7, levels_tacq4 };
+static const tacq_codec codec_tacq2 = { 2, TACQ2_SCALE_BITS, TACQ2_SCALE_ORIGIN, TACQ2_SCALE_STEP,  6, 1, 1, levels_tacq2 };
+static const tacq_codec codec_tacq3 = { 3, TACQ3_SCALE_BITS, TACQ3_SCALE_ORIGIN, TACQ3_SCALE_STEP, 10, 3, 3, levels_tacq3 };
+static const tacq_codec codec_tacq4 = { 4, TACQ4_SCALE_BITS, TACQ4_SCALE_ORIGIN, TACQ4_SCALE_STEP, 16, 4, 7, levels_tacq4 };
 
 //
 // search
@@ -79,7 +80,7 @@ static uint8_t quantize_group(const tacq_codec * codec, const float * x, const f
             while (k_high < k_max && tacq_scale((uint8_t) k_high, codec->scale_bits, codec->scale_origin, codec->scale_step)*reach < peak) {
                 k_high++;
             }
-            for (int k = k_high - codec->search_window; k <= k_high + 1; k++) {
+            for (int k = k_high - codec->search_below; k <= k_high + codec->search_above; k++) {
                 if (k < 1 || k > k_max) {
                     continue;
                 }

@@ -21,8 +21,8 @@ class BlockCodec:
 
     A scale byte holds a sign (bit 7), the codebook (the next bits) and `k` (the low `scale_bits` bits). The scale is
     `F(k) - F(0)` with `F(k)` the float whose bit pattern is `scale_origin + k * scale_step`: logarithmic steps with a
-    linear mantissa, and exactly 0 for k = 0. `search_window` is how far below the smallest scale that does not clip the
-    reference quantizer looks.
+    linear mantissa, and exactly 0 for k = 0. `search_below` and `search_above` are how many steps from the smallest scale
+    that does not clip the reference quantizer looks.
     """
 
     bits: int
@@ -30,7 +30,8 @@ class BlockCodec:
     scale_bits: int
     scale_origin: int
     scale_step: int
-    search_window: int
+    search_below: int
+    search_above: int
 
     @property
     def block_bytes(self) -> int:
@@ -68,17 +69,17 @@ CODECS = {
     2: BlockCodec(
         bits=2,
         levels=((-17, -4, 6, 19), (-14, -2, 8, 22), (-10, 0, 10, 26), (-31, -3, 5, 25)),
-        scale_bits=5, scale_origin=_float_bits(-14), scale_step=12 << 18, search_window=6,
+        scale_bits=5, scale_origin=_float_bits(-14), scale_step=12 << 18, search_below=6, search_above=1,
     ),
     3: BlockCodec(
         bits=3,
         levels=((-49, -28, -14, -3, 7, 18, 33, 55), (-40, -21, -8, 1, 12, 25, 42, 63)),
-        scale_bits=6, scale_origin=_float_bits(-15), scale_step=3 << 19, search_window=10,
+        scale_bits=6, scale_origin=_float_bits(-15), scale_step=3 << 19, search_below=10, search_above=3,
     ),
     4: BlockCodec(
         bits=4,
         levels=((-57, -41, -31, -23, -16, -9, -3, 0, 5, 11, 16, 22, 29, 37, 47, 63),),
-        scale_bits=7, scale_origin=_float_bits(-15), scale_step=3 << 18, search_window=16,
+        scale_bits=7, scale_origin=_float_bits(-15), scale_step=3 << 18, search_below=16, search_above=4,
     ),
 }
 
@@ -160,7 +161,7 @@ def quantize_ref(bits: int, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray
         for book, levels in enumerate(codec.codebooks):
             reach = codec.magnitudes * np.abs(levels).max()
             k_high = np.minimum(np.searchsorted(reach, peak), k_max)
-            for offset in range(-codec.search_window, 2):
+            for offset in range(-codec.search_below, codec.search_above + 1):
                 k = k_high + offset
                 tried = (peak > 0) & (k >= 1) & (k <= k_max)
                 if not tried.any():

@@ -61,6 +61,13 @@ class ConsoleReporter(Reporter):
         self._bar, self._what = None, ""
 
 
+def positive(text: str) -> int:
+    """argparse type of a count."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
 def build_progress(reporter: Reporter):
     """Adapter for `runtime_build`, whose steps are numbered [n/m]."""
     return lambda done, total, what: reporter.progress(done, total, "building llama.cpp")
@@ -148,8 +155,8 @@ def run_verify(argv: list[str], prog: str) -> None:
     parser.add_argument("--against", metavar="REF", help="GGUF of the same model to compare with, such as the F16 original")
     parser.add_argument("--task", metavar="FILE", help="examples to compare on (not those of the calibration), as for the export")
     parser.add_argument("--text", metavar="FILE", help="plain text to compare on, in windows of 512 tokens")
-    parser.add_argument("--n-samples", type=int, default=24, metavar="N", help="examples or windows (default 24)")
-    parser.add_argument("--threads", "-t", type=int, metavar="N")
+    parser.add_argument("--n-samples", type=positive, default=24, metavar="N", help="examples or windows (default 24)")
+    parser.add_argument("--threads", "-t", type=positive, metavar="N")
     parser.add_argument("--json", action="store_true", help="one JSON line instead of text")
     args = parser.parse_args(argv)
     if bool(args.against) != bool(args.task or args.text):
@@ -191,9 +198,9 @@ def run_compare(argv: list[str], prog: str) -> None:
     parser.add_argument("--task", required=True, metavar="FILE", help="the examples it was calibrated on; the stock types get their imatrix from them")
     parser.add_argument("--eval", required=True, metavar="FILE", help="other examples, to measure on")
     parser.add_argument("--types", default="Q2_K,IQ3_XXS", metavar="T,T", help="stock types (default Q2_K,IQ3_XXS)")
-    parser.add_argument("--n-samples", type=int, default=128, metavar="N", help="examples of --task (default 128)")
-    parser.add_argument("--n-eval", type=int, default=24, metavar="N", help="examples of --eval (default 24)")
-    parser.add_argument("--threads", "-t", type=int, metavar="N")
+    parser.add_argument("--n-samples", type=positive, default=128, metavar="N", help="examples of --task (default 128)")
+    parser.add_argument("--n-eval", type=positive, default=24, metavar="N", help="examples of --eval (default 24)")
+    parser.add_argument("--threads", "-t", type=positive, metavar="N")
     parser.add_argument("-w", "--workdir", default="compare.work", metavar="DIR", help="the stock files stay here (default compare.work)")
     args = parser.parse_args(argv)
     from .compare_stock import compare_stock
@@ -213,9 +220,9 @@ def run_prompt(argv: list[str], prog: str) -> None:
     parser.add_argument("file", metavar="FILE")
     parser.add_argument("-p", "--prompt", required=True)
     parser.add_argument("-n", "--n-predict", type=int, default=256, metavar="N", help="tokens at most (default 256)")
-    parser.add_argument("-c", "--ctx-size", type=int, default=4096, metavar="N")
+    parser.add_argument("-c", "--ctx-size", type=positive, default=4096, metavar="N")
     parser.add_argument("--temp", type=float, default=0.0, metavar="T", help="0 takes the likeliest token (default 0)")
-    parser.add_argument("--threads", "-t", type=int, metavar="N")
+    parser.add_argument("--threads", "-t", type=positive, metavar="N")
     args, more = parser.parse_known_args(argv)
     from .run_model import run
 
@@ -250,7 +257,7 @@ def run_runtime(argv: list[str], prog: str) -> None:
     parser = argparse.ArgumentParser(prog=prog, description=COMMANDS["runtime"])
     parser.add_argument("action", choices=["build", "path"])
     parser.add_argument("--backend", default="cpu", metavar="B", help=f"one of: {', '.join(BACKEND_OPTIONS)} (default cpu)")
-    parser.add_argument("--jobs", "-j", type=int, metavar="N", help="compilers at once (default: all cores)")
+    parser.add_argument("--jobs", "-j", type=positive, metavar="N", help="compilers at once (default: all cores)")
     args = parser.parse_args(argv)
     if args.action == "build":
         reporter = ConsoleReporter()

@@ -76,6 +76,8 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError("neither a CPU nor a CUDA device")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise TacqError(f"--device '{name}' cannot be used here ({str(error).splitlines()[0]}); use auto or cpu.") from None

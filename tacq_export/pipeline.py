@@ -59,11 +59,14 @@ def export(config: ExportConfig, reporter: Reporter | None = None) -> ExportResu
     if config.threads:
         torch.set_num_threads(config.threads)
     work = WorkDir.open(config)
-    loaded = load_model(config.model, work.path, config.device, reporter)
-    texts = tokenize_task(task, loaded.tokenizer, config.n_samples, config.seq_len)
-    reporter.say(describe(loaded, texts, task.name, config))
+    try:
+        loaded = load_model(config.model, work.path, config.device, reporter)
+        texts = tokenize_task(task, loaded.tokenizer, config.n_samples, config.seq_len)
+        reporter.say(describe(loaded, texts, task.name, config))
+    finally:
+        if config.dry_run:
+            work.remove()
     if config.dry_run:
-        work.remove()
         return None
     need_space(config.outfile.parent, 1.1e-9 * upper_bound_bytes(loaded, config), "the output", "give --outfile on a larger disk")
 

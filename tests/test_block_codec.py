@@ -116,7 +116,7 @@ def test_dequantize_is_scale_times_level_of_each_weight(bits):
 
 
 # How many scales below and above the first that does not clip the largest weight are tried: part of the reference codec.
-SEARCHED = {2: (6, 1), 3: (10, 1), 4: (16, 1)}
+SEARCHED = {2: (6, 1), 3: (10, 3), 4: (16, 4)}
 KINDS = {
     "normal": lambda rng: rng.normal(0, 0.05, (3, 64)),
     "uniform": lambda rng: rng.uniform(-0.3, 0.3, (3, 64)),
@@ -157,9 +157,9 @@ def test_quantize_ref_finds_the_least_error_of_all_signs_codebooks_and_scales(bi
     np.testing.assert_allclose(found, [min(squared_error(bits, g, b) for b in searched_bytes(bits, g)) for g in groups], rtol=1e-5)
 
 
-@pytest.mark.parametrize(("bits", "share"), [(2, 0.001), (3, 0.005), (4, 0.03)])
+@pytest.mark.parametrize(("bits", "share"), [(2, 0.001), (3, 0.001), (4, 0.001)])
 def test_the_window_of_scales_loses_next_to_nothing(bits, share):
-    """Against every scale byte there is, on normal groups (measured on 1000: 0, 0.05 % and 1.6 % more squared error)."""
+    """Against every scale byte there is, on normal groups (measured on these 80: nothing to 0.1 % more squared error)."""
     groups = np.random.default_rng(1).normal(0, 0.05, (80, 32)).astype(np.float32)
     values = dequantize_blocks(bits, *quantize_ref(bits, groups.reshape(-1, 64))).reshape(-1, 32)
     least = sum(min(squared_error(bits, g, byte) for byte in range(256)) for g in groups.astype(np.float64))
