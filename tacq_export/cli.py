@@ -96,6 +96,7 @@ def export_parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument("--output-tensor-type", default=default["output_tensor_type"], metavar="T", help=f"the same for the head, where it is no copy of the embedding (default {default['output_tensor_type']})")
     parser.add_argument("--n-samples", type=int, default=default["n_samples"], metavar="N", help=f"the first N examples of the task are used (default {default['n_samples']})")
     parser.add_argument("--seq-len", type=int, default=default["seq_len"], metavar="N", help=f"each cut to N tokens (default {default['seq_len']})")
+    parser.add_argument("--refine-sweeps", type=int, default=default["refine_sweeps"], metavar="N", help=f"passes of coordinate descent over the codes after GPTQ (default {default['refine_sweeps']}; 0 for none)")
     parser.add_argument("--damping", type=float, default=default["damping"], metavar="D", help=f"GPTQ's, as a share of the Hessian's mean diagonal (default {default['damping']})")
     parser.add_argument("--device", default=default["device"], metavar="D", help="auto, cpu, cuda, cuda:N (default auto)")
     parser.add_argument("--seed", type=int, default=default["seed"], metavar="N", help="of the random score (default 0)")

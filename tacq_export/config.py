@@ -29,6 +29,7 @@ class ExportConfig:
     are kept as that holds. Without ratio and target_bpw it is DEFAULT_KEPT_BPW more than the base type takes.
     base_type: type of the weights that are not kept; None means the widest that fits target_bpw, or tacq2.
     n_samples, seq_len: how many examples of the task, and to how many tokens each is cut.
+    refine_sweeps: passes of coordinate descent over the codes after GPTQ; 0 leaves GPTQ's.
     damping: share of the Hessian's mean diagonal that GPTQ adds to it.
     device: auto, cpu, cuda or cuda:N.  threads: CPU threads (None: all this process may use).
     workdir: where unfinished work lies (None: OUTFILE.work, removed at the end).  resume: go on with it.
@@ -46,6 +47,7 @@ class ExportConfig:
     output_tensor_type: str = "tacq4"
     n_samples: int = 128
     seq_len: int = 2048
+    refine_sweeps: int = 3
     damping: float = 0.01
     device: str = "auto"
     seed: int = 0
@@ -91,7 +93,7 @@ class ExportConfig:
                 raise TacqError(
                     f"--target-bpw is {self.target_bpw:g}, expected {least:g} to 6.25: {self.base_type or 'tacq2'} alone takes {least:g} bits per weight."
                 )
-        for name, least in (("n_samples", 1), ("seq_len", 8), ("seed", 0)):
+        for name, least in (("n_samples", 1), ("seq_len", 8), ("seed", 0), ("refine_sweeps", 0)):
             if getattr(self, name) < least:
                 raise TacqError(f"{self._flag(name)} is {getattr(self, name)}, expected at least {least}.")
         if self.threads is not None and self.threads < 1:

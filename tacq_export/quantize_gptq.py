@@ -29,6 +29,12 @@ class GptqResult:
     error: float
 
 
+def relative_error(weights: torch.Tensor, quantized: torch.Tensor, hessian: torch.Tensor) -> float:
+    """tr((W - Q) H (W - Q)^T) / tr(W H W^T)."""
+    difference, h = weights - quantized, hessian.float()
+    return float(((difference @ h) * difference).sum().double() / ((weights @ h) * weights).sum().double().clamp_min(1e-30))
+
+
 def inverse_hessian_cholesky(hessian: torch.Tensor, damping: float, name: str = "") -> torch.Tensor:
     """Upper triangular U with U^T U = (H + damping * mean(diag H) * I)^-1, float32 [columns, columns].
 
@@ -104,7 +110,4 @@ def quantize_gptq(
     kept_values = None
     if kept is not None:
         kept_values = torch.where(kept, quantized - base.t(), torch.zeros((), device=w.device))
-    difference = weights - quantized
-    h = hessian.float()
-    error = float(((difference @ h) * difference).sum().double() / ((weights @ h) * weights).sum().double().clamp_min(1e-30))
-    return GptqResult(codes.t().contiguous(), scale_bytes.t().contiguous(), kept_values, error)
+    return GptqResult(codes.t().contiguous(), scale_bytes.t().contiguous(), kept_values, relative_error(weights, quantized, hessian))

@@ -14,6 +14,7 @@ from .fit_groups import dequantize_groups, round_to_nearest
 from .load_model import LinkedTensor, LoadedModel
 from .pack_tensor import QuantizedTensor, dequantize_tensor, pack_tensor
 from .quantize_gptq import GptqResult, inverse_hessian_cholesky, quantize_gptq
+from .refine_codes import refine_codes
 from .reporting import Reporter
 from .select_weights import TensorSelection
 from .sparse_section import KeptWeights
@@ -63,6 +64,7 @@ def quantize_linear(
         chosen = selection[tensor.name]
         mask = kept_mask(chosen, tensor)
         result = quantize_gptq(chosen.type.bits, tensor.weight, hessian, mask, config.damping, tensor.name, upper)
+        result = refine_codes(chosen.type.bits, tensor.weight, hessian, result, mask, config.refine_sweeps, config.damping)
         data = pack_result(tensor, chosen.type, result, mask)
         facts = {"type": chosen.type.name, "error": result.error, "kept": len(chosen.kept), "selected": chosen.selected}
         work.save_tensor(tensor.name, data, facts)
