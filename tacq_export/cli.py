@@ -212,8 +212,8 @@ def run_compare(argv: list[str], prog: str) -> None:
     )  # fmt: skip
     from .compare_files import table
 
-    print("\n".join(table(rows)))
-    print(json.dumps({"reference_ppl": reference, "files": [row.as_dict() for row in rows]}))
+    print("\n".join(table([reference, *rows])))
+    print(json.dumps({"reference": reference.as_dict(), "files": [row.as_dict() for row in rows]}))
 
 
 def run_prompt(argv: list[str], prog: str) -> None:

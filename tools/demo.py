@@ -66,15 +66,15 @@ def main(argv: list[str]) -> int:
         peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
         ask(outfile, args.threads)
         say("comparing with stock files (24 examples that were not calibrated on)")
-        rows, ref_ppl = compare_stock(
+        rows, reference = compare_stock(
             str(model), outfile, DATA / "gsm8k-train-128.jsonl", DATA / "gsm8k-test-24.jsonl", args.types.split(","), 128, 24,
             args.threads, args.outdir / "stock", ConsoleReporter(),
         )  # fmt: skip
     except TacqError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(f"\n{args.model}; reference: its GGUF dequantized to F16, perplexity {ref_ppl:.3f}; gsm8k-test-24.jsonl, chat template, whole text")
-    print("\n".join(table(rows)))
+    print(f"\n{args.model}; reference: its GGUF dequantized to F16; on gsm8k-test-24.jsonl, chat template, whole text")
+    print("\n".join(table([reference, *rows])))
     print(f"everything: {time.monotonic() - started:.0f} s", flush=True)
     ours = rows[0]
     print(json.dumps({
