@@ -16,7 +16,7 @@ from .errors import TacqError
 from .load_model import LoadedModel, load_model
 from .load_task import load_task, tokenize_task
 from .pack_tensor import unpack_tensor
-from .quantize_model import embedding_types, gptq_error, quantize_embeddings, quantize_linear, rounding_error
+from .quantize_model import embedding_types, gptq_error, quantize_embedding, quantize_matrices, rounding_error
 from .reporting import Reporter
 from .runtime_source import need_space
 from .score_weights import NEEDS_REFERENCE, score_weights
@@ -79,8 +79,8 @@ def export(config: ExportConfig, reporter: Reporter | None = None) -> ExportResu
         selection = select_weights(scores, config.base, n_to_keep(scores, loaded, config))
         del scores
         work.save_selection(selection)
-    quantize_linear(loaded, texts, selection, config, work, reporter)
-    quantize_embeddings(loaded, config, work, reporter)
+    quantize_matrices(loaded, texts, selection, config, work, reporter)
+    quantize_embedding(loaded, config, work, reporter)
     keys = metadata(config, task.name, selection, len(texts), loaded)
     write_gguf(config.outfile, loaded.reference, planned_tensors(loaded, config, work), keys, reporter)
     check_written(config.outfile, work)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from .collect_hessians import collect_hessians, group_by_input, split_by_memory
 from .config import BASE_TYPES, ExportConfig
 from .fit_groups import dequantize_groups, round_to_nearest
 from .load_model import LinkedTensor, LoadedModel
-from .pack_tensor import QuantizedTensor, dequantize_tensor, pack_tensor
+from .pack_tensor import QuantizedTensor, pack_tensor
 from .quantize_gptq import GptqResult, inverse_hessian_cholesky, quantize_gptq
 from .refine_codes import refine_codes
 from .reporting import Reporter
@@ -23,6 +24,7 @@ from .workdir import WorkDir
 
 # Hessians held at once; more matrices than fit take further passes over the calibration texts.
 HESSIAN_BYTES = 4e9
+ROWS_AT_ONCE = 16384
 
 
 def to_gguf_rows(matrix: torch.Tensor, tensor: LinkedTensor) -> torch.Tensor:
@@ -52,29 +54,59 @@ def kept_mask(selection: TensorSelection, tensor: LinkedTensor) -> torch.Tensor 
     return mask.reshape(tensor.shape).to(tensor.weight.device)
 
 
-def quantize_linear(
+def quantize_matrices(
     loaded: LoadedModel, texts: Sequence[Sequence[int]], selection: dict[str, TensorSelection], config: ExportConfig,
     work: WorkDir, reporter: Reporter,
 ) -> None:  # fmt: skip
-    """GPTQ for every matrix of the blocks, with its kept weights exact, into the work folder."""
-    missing = [t for t in loaded.linear if not work.has_tensor(t.name)]
+    """GPTQ and coordinate descent for every matrix that multiplies, kept weights exact, into the work folder.
+
+    The head is one of them, be it the embedding or a matrix of its own: its inputs are far from equal in size, so plain
+    rounding costs much more (measured in tools/LOG.md).
+    """
+    tensors = [t for t in [*loaded.linear, *head_tensors(loaded, config)] if not work.has_tensor(t.name)]
+    types = {t.name: kind for t, kind in embedding_types(loaded, config)}
 
     def finish(tensor: LinkedTensor, hessian: torch.Tensor, upper: torch.Tensor) -> None:
         started = time.monotonic()
-        chosen = selection[tensor.name]
+        chosen = selection.get(tensor.name)
+        if chosen is None:
+            chosen = TensorSelection(TYPES_BY_NAME[types[tensor.name].upper()], torch.empty(0, dtype=torch.int64), 0)
         mask = kept_mask(chosen, tensor)
-        result = quantize_gptq(chosen.type.bits, tensor.weight, hessian, mask, config.damping, tensor.name, upper)
-        result = refine_codes(chosen.type.bits, tensor.weight, hessian, result, mask, config.refine_sweeps, config.damping)
+        result = quantize_rows(chosen.type.bits, tensor, hessian, mask, config, upper)
         data = pack_result(tensor, chosen.type, result, mask)
         facts = {"type": chosen.type.name, "error": result.error, "kept": len(chosen.kept), "selected": chosen.selected}
         work.save_tensor(tensor.name, data, facts)
-        rows, columns = tensor.shape
-        reporter.say(
-            f"{tensor.name:<28} {rows:>6} x {columns:<6} {chosen.type.name:<10} error {result.error:.4f}  "
-            f"kept {len(chosen.kept):>7} ({100 * len(chosen.kept) / (rows * columns):.2f} %)  {time.monotonic() - started:5.1f} s"
-        )
+        reporter.say(tensor_line(tensor, facts, time.monotonic() - started))
 
-    _for_each_hessian(loaded, missing, texts, config.damping, finish, reporter)
+    _for_each_hessian(loaded, tensors, texts, config.damping, finish, reporter)
+
+
+def quantize_rows(
+    bits: int, tensor: LinkedTensor, hessian: torch.Tensor, mask: torch.Tensor | None, config: ExportConfig, upper: torch.Tensor
+) -> GptqResult:
+    """GPTQ and coordinate descent, some rows at a time: rows do not depend on each other, and a head has very many."""
+    parts, energy = [], []
+    for start in range(0, tensor.shape[0], ROWS_AT_ONCE):
+        rows = slice(start, start + ROWS_AT_ONCE)
+        weight, kept = tensor.weight[rows], None if mask is None else mask[rows]
+        result = quantize_gptq(bits, weight, hessian, kept, config.damping, tensor.name, upper)
+        parts.append(refine_codes(bits, weight, hessian, result, kept, config.refine_sweeps, config.damping))
+        energy.append(float(((weight @ hessian) * weight).sum(dtype=torch.float64)))
+    if len(parts) == 1:
+        return parts[0]
+    return GptqResult(
+        codes=torch.cat([p.codes for p in parts]),
+        scale_bytes=torch.cat([p.scale_bytes for p in parts]),
+        kept_values=None if mask is None else torch.cat([p.kept_values for p in parts]),
+        error=sum(p.error * e for p, e in zip(parts, energy, strict=True)) / max(sum(energy), 1e-30),
+    )
+
+
+def tensor_line(tensor: LinkedTensor, facts: dict, seconds: float) -> str:
+    """One line a tensor, as llama-quantize has it."""
+    rows, columns = tensor.shape
+    kept = f"kept {facts['kept']:>7} ({100 * facts['kept'] / (rows * columns):.2f} %)" if facts["kept"] else ""
+    return f"{tensor.name:<28} {rows:>6} x {columns:<6} {facts['type']:<10} error {facts['error']:.4f}  {kept:<22} {seconds:5.1f} s"
 
 
 def _for_each_hessian(
@@ -120,26 +152,34 @@ def gptq_error(bits: int, loaded: LoadedModel, texts: Sequence[Sequence[int]], d
     return lambda tensor: errors.pop(tensor.name).float()
 
 
-def quantize_embeddings(loaded: LoadedModel, config: ExportConfig, work: WorkDir, reporter: Reporter) -> None:
-    """The token embedding and the head, by plain rounding, where they get one of our types."""
-    for tensor, type_name in embedding_types(loaded, config):
-        if type_name not in BASE_TYPES or work.has_tensor(tensor.name):
-            continue
-        started = time.monotonic()
-        tensor_type = TYPES_BY_NAME[type_name.upper()]
-        weight = to_gguf_rows(tensor.weight, tensor)
-        rows_at_once = max(1, (1 << 22) // weight.shape[1])
-        pieces, wrong = [], 0.0
-        slices = [slice(a, a + rows_at_once) for a in range(0, weight.shape[0], rows_at_once)]
-        for rows in reporter.track(slices, "embedding"):
-            codes, scale_bytes = (x.cpu().numpy() for x in round_to_nearest(tensor_type.bits, weight[rows]))
-            pieces.append(pack_tensor(QuantizedTensor(tensor_type, codes, scale_bytes)))
-            values = dequantize_tensor(tensor_type, pieces[-1], *codes.shape, tensor.name)
-            wrong += float((weight[rows].cpu() - torch.from_numpy(values)).double().square().sum())
-        error = wrong / max(float(weight.double().square().sum()), 1e-30)
-        work.save_tensor(tensor.name, np.concatenate(pieces), {"type": tensor_type.name, "error": error, "kept": 0, "selected": 0})
-        rows, columns = tensor.shape
-        reporter.say(f"{tensor.name:<28} {rows:>6} x {columns:<6} {tensor_type.name:<10} error {error:.4f}  {'':24}{time.monotonic() - started:5.1f} s")
+def quantize_embedding(loaded: LoadedModel, config: ExportConfig, work: WorkDir, reporter: Reporter) -> None:
+    """The token embedding by plain rounding, where it gets one of our types and is not the head as well."""
+    tensor, type_name = embedding_types(loaded, config)[0]
+    if type_name not in BASE_TYPES or loaded.head is None or work.has_tensor(tensor.name):
+        return
+    started = time.monotonic()
+    tensor_type = TYPES_BY_NAME[type_name.upper()]
+    weight = to_gguf_rows(tensor.weight, tensor)
+    pieces, wrong = [], 0.0
+    slices = [slice(start, start + ROWS_AT_ONCE) for start in range(0, weight.shape[0], ROWS_AT_ONCE)]
+    for rows in reporter.track(slices, "embedding"):
+        codes, scale_bytes = round_to_nearest(tensor_type.bits, weight[rows])
+        wrong += float((weight[rows] - dequantize_groups(tensor_type.bits, codes, scale_bytes)).square().sum(dtype=torch.float64))
+        pieces.append(pack_tensor(QuantizedTensor(tensor_type, codes.cpu().numpy(), scale_bytes.cpu().numpy())))
+    error = wrong / max(float(weight.square().sum(dtype=torch.float64)), 1e-30)
+    facts = {"type": tensor_type.name, "error": error, "kept": 0, "selected": 0}
+    work.save_tensor(tensor.name, np.concatenate(pieces), facts)
+    reporter.say(tensor_line(tensor, facts, time.monotonic() - started))
+
+
+def head_tensors(loaded: LoadedModel, config: ExportConfig) -> list[LinkedTensor]:
+    """The matrix that makes the logits, under the name of its GGUF tensor, if it gets one of our types; else nothing."""
+    tensor, type_name = embedding_types(loaded, config)[-1]
+    if type_name not in BASE_TYPES:
+        return []
+    if loaded.head is None:
+        tensor = replace(tensor, module_name="output embeddings", module=loaded.model.get_output_embeddings())
+    return [tensor]
 
 
 def embedding_types(loaded: LoadedModel, config: ExportConfig) -> list[tuple[LinkedTensor, str]]:

@@ -20,7 +20,7 @@ from tacq_export.tensor_types import TYPES_BY_NAME
 from tacq_export.workdir import WorkDir
 from tacq_export.write_gguf import open_gguf
 
-N_MATRICES = 14
+N_MATRICES = 15  # 7 in each of 2 blocks, and the head
 
 
 def tiny_export(model, task, outfile, **options) -> ExportConfig:
