@@ -180,7 +180,7 @@ def test_an_exported_file_holds_what_gptq_gave_in_the_rows_of_the_gguf(tiny_gguf
 
     monkeypatch.setattr(quantize_model, "quantize_gptq", watched)
     outfile = tmp_path / "out.gguf"
-    export(ExportConfig(model=str(tiny_gguf), task=tiny_task, outfile=outfile, ratio=0.02, n_samples=3, seq_len=32, device="cpu", output_tensor_type="q8_0"))
+    export(ExportConfig(model=str(tiny_gguf), task=tiny_task, outfile=outfile, ratio=0.02, n_samples=3, seq_len=32, device="cpu", output_tensor_type="q8_0", refine_sweeps=0))
     tensors = {t.name: t for t in open_gguf(outfile).tensors}
     reference = {t.name: t for t in open_gguf(tiny_gguf).tensors}
     assert len(results) == 14 and any(t.tensor_type.name.startswith("TACQ2_S") for t in tensors.values())
