@@ -1,0 +1,179 @@
+#pragma once
+
+// Vectors of TACQ_LANES rows: lane r holds something of row r. With 16 lanes on AVX-512 (VNNI), 8 on AVX2. What there is for one
+// machine only is in this file; tacq-gemv.c and tacq-gemm.c are written with these functions.
+
+#include "tacq-kernels.h"
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__) && defined(__AVX512VNNI__)
+#define TACQ_AVX512
+#define TACQ_LANES 16
+#elif defined(__AVX2__)
+#define TACQ_LANES 8
+#endif
+
+#if defined(_MSC_VER)
+#define TACQ_INLINE static __forceinline
+#else
+#define TACQ_INLINE static inline __attribute__((always_inline))
+#endif
+
+#if defined(TACQ_LANES)
+
+#include <immintrin.h>
+
+#define TACQ_PREFETCH(address, hint) _mm_prefetch((const char *) (address), hint)
+
+#if defined(TACQ_AVX512)
+
+typedef __m512i vint;
+typedef __m512  vfloat;
+
+TACQ_INLINE vint   vint_load(const void * p)           { return _mm512_loadu_si512(p); }
+TACQ_INLINE void   vint_store(void * p, vint a)        { _mm512_storeu_si512(p, a); }
+TACQ_INLINE vint   vint_set1(int32_t a)                { return _mm512_set1_epi32(a); }
+TACQ_INLINE vint   vint_set1_byte(int a)               { return _mm512_set1_epi8((char) a); }
+TACQ_INLINE vint   vint_table(const void * p)         { return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *) p)); }
+TACQ_INLINE vint   vint_add(vint a, vint b)            { return _mm512_add_epi32(a, b); }
+TACQ_INLINE vint   vint_add_bytes(vint a, vint b)      { return _mm512_add_epi8(a, b); }
+TACQ_INLINE vint   vint_mul(vint a, vint b)            { return _mm512_mullo_epi32(a, b); }
+TACQ_INLINE vint   vint_and(vint a, vint b)            { return _mm512_and_si512(a, b); }
+TACQ_INLINE vint   vint_and_or(vint a, vint m, vint b) { return _mm512_ternarylogic_epi32(a, m, b, 0xea); }  // (a & m) | b
+TACQ_INLINE vint   vint_xor_and(vint a, vint b, vint m){ return _mm512_ternarylogic_epi32(a, b, m, 0x78); }  // a ^ (b & m)
+TACQ_INLINE vint   vint_select(vint m, vint a, vint b) { return _mm512_ternarylogic_epi32(m, a, b, 0xca); }  // (m & a) | (~m & b)
+TACQ_INLINE vint   vint_lookup(vint table, vint bytes) { return _mm512_shuffle_epi8(table, bytes); }
+TACQ_INLINE vfloat vfloat_load(const float * p)        { return _mm512_loadu_ps(p); }
+TACQ_INLINE void   vfloat_store(float * p, vfloat a)   { _mm512_storeu_ps(p, a); }
+TACQ_INLINE vfloat vfloat_set1(float a)                { return _mm512_set1_ps(a); }
+TACQ_INLINE vfloat vfloat_of(vint a)                   { return _mm512_cvtepi32_ps(a); }
+TACQ_INLINE vfloat vfloat_sub(vfloat a, vfloat b)      { return _mm512_sub_ps(a, b); }
+TACQ_INLINE vfloat vfloat_mul(vfloat a, vfloat b)      { return _mm512_mul_ps(a, b); }
+TACQ_INLINE vfloat vfloat_mad(vfloat a, vfloat b, vfloat c) { return _mm512_fmadd_ps(a, b, c); }
+TACQ_INLINE vfloat vfloat_bits(vint a)                 { return _mm512_castsi512_ps(a); }
+TACQ_INLINE vint   vint_bits(vfloat a)                 { return _mm512_castps_si512(a); }
+#define vint_shr(a, n) _mm512_srli_epi32(a, n)
+#define vint_shl(a, n) _mm512_slli_epi32(a, n)
+
+// sums of four products of unsigned u and signed s bytes
+TACQ_INLINE vint vint_dot(vint sum, vint u, vint s) { return _mm512_dpbusd_epi32(sum, u, s); }
+
+#define vint_unpacklo32(a, b) _mm512_unpacklo_epi32(a, b)
+#define vint_unpackhi32(a, b) _mm512_unpackhi_epi32(a, b)
+#define vint_unpacklo64(a, b) _mm512_unpacklo_epi64(a, b)
+#define vint_unpackhi64(a, b) _mm512_unpackhi_epi64(a, b)
+
+// 16 bytes at the same place of rows 0, 4, 8, 12
+TACQ_INLINE vint vint_load_rows(const uint8_t * x, size_t row_size) {
+    const __m256i lo = _mm256_set_m128i(_mm_loadu_si128((const __m128i *) (x +  4*row_size)), _mm_loadu_si128((const __m128i *) x));
+    const __m256i hi = _mm256_set_m128i(_mm_loadu_si128((const __m128i *) (x + 12*row_size)), _mm_loadu_si128((const __m128i *) (x + 8*row_size)));
+    return _mm512_inserti64x4(_mm512_castsi256_si512(lo), hi, 1);
+}
+
+#else
+
+typedef __m256i vint;
+typedef __m256  vfloat;
+
+TACQ_INLINE vint   vint_load(const void * p)           { return _mm256_loadu_si256((const __m256i *) p); }
+TACQ_INLINE void   vint_store(void * p, vint a)        { _mm256_storeu_si256((__m256i *) p, a); }
+TACQ_INLINE vint   vint_set1(int32_t a)                { return _mm256_set1_epi32(a); }
+TACQ_INLINE vint   vint_set1_byte(int a)               { return _mm256_set1_epi8((char) a); }
+TACQ_INLINE vint   vint_table(const void * p)         { return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *) p)); }
+TACQ_INLINE vint   vint_add(vint a, vint b)            { return _mm256_add_epi32(a, b); }
+TACQ_INLINE vint   vint_add_bytes(vint a, vint b)      { return _mm256_add_epi8(a, b); }
+TACQ_INLINE vint   vint_mul(vint a, vint b)            { return _mm256_mullo_epi32(a, b); }
+TACQ_INLINE vint   vint_and(vint a, vint b)            { return _mm256_and_si256(a, b); }
+TACQ_INLINE vint   vint_and_or(vint a, vint m, vint b) { return _mm256_or_si256(_mm256_and_si256(a, m), b); }
+TACQ_INLINE vint   vint_xor_and(vint a, vint b, vint m){ return _mm256_xor_si256(a, _mm256_and_si256(b, m)); }
+TACQ_INLINE vint   vint_select(vint m, vint a, vint b) { return _mm256_or_si256(_mm256_and_si256(m, a), _mm256_andnot_si256(m, b)); }
+TACQ_INLINE vint   vint_lookup(vint table, vint bytes) { return _mm256_shuffle_epi8(table, bytes); }
+TACQ_INLINE vfloat vfloat_load(const float * p)        { return _mm256_loadu_ps(p); }
+TACQ_INLINE void   vfloat_store(float * p, vfloat a)   { _mm256_storeu_ps(p, a); }
+TACQ_INLINE vfloat vfloat_set1(float a)                { return _mm256_set1_ps(a); }
+TACQ_INLINE vfloat vfloat_of(vint a)                   { return _mm256_cvtepi32_ps(a); }
+TACQ_INLINE vfloat vfloat_sub(vfloat a, vfloat b)      { return _mm256_sub_ps(a, b); }
+TACQ_INLINE vfloat vfloat_mul(vfloat a, vfloat b)      { return _mm256_mul_ps(a, b); }
+TACQ_INLINE vfloat vfloat_bits(vint a)                 { return _mm256_castsi256_ps(a); }
+TACQ_INLINE vint   vint_bits(vfloat a)                 { return _mm256_castps_si256(a); }
+#define vint_shr(a, n) _mm256_srli_epi32(a, n)
+#define vint_shl(a, n) _mm256_slli_epi32(a, n)
+
+TACQ_INLINE vfloat vfloat_mad(vfloat a, vfloat b, vfloat c) {
+#if defined(__FMA__)
+    return _mm256_fmadd_ps(a, b, c);
+#else
+    return _mm256_add_ps(_mm256_mul_ps(a, b), c);
+#endif
+}
+
+// |u| <= 127 and |s| <= 127, so the 16-bit sums of two cannot saturate
+TACQ_INLINE vint vint_dot(vint sum, vint u, vint s) {
+#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+    return _mm256_dpbusd_epi32(sum, u, s);
+#elif defined(__AVXVNNI__)
+    return _mm256_dpbusd_avx_epi32(sum, u, s);
+#else
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(u, s), _mm256_set1_epi16(1)));
+#endif
+}
+
+#define vint_unpacklo32(a, b) _mm256_unpacklo_epi32(a, b)
+#define vint_unpackhi32(a, b) _mm256_unpackhi_epi32(a, b)
+#define vint_unpacklo64(a, b) _mm256_unpacklo_epi64(a, b)
+#define vint_unpackhi64(a, b) _mm256_unpackhi_epi64(a, b)
+
+// 16 bytes at the same place of rows 0 and 4
+TACQ_INLINE vint vint_load_rows(const uint8_t * x, size_t row_size) {
+    return _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128((const __m128i *) x)), _mm_loadu_si128((const __m128i *) (x + 4*row_size)), 1);
+}
+
+#endif
+
+// a constant that the compiler does not know: a multiplication by it stays one instruction, not shifts and sums
+TACQ_INLINE vint vint_opaque(int a) {
+#if !defined(_MSC_VER)
+    __asm__("" : "+r"(a));
+#endif
+    return vint_set1(a);
+}
+
+// z[e] = bytes 4*e .. 4*e + 3 of 16 bytes at x of every row
+TACQ_INLINE void tacq_load_transposed(const uint8_t * x, size_t row_size, vint z[4]) {
+    const vint a  = vint_load_rows(x,              row_size);
+    const vint b  = vint_load_rows(x +   row_size, row_size);
+    const vint c  = vint_load_rows(x + 2*row_size, row_size);
+    const vint d  = vint_load_rows(x + 3*row_size, row_size);
+    const vint ab = vint_unpacklo32(a, b), AB = vint_unpackhi32(a, b);
+    const vint cd = vint_unpacklo32(c, d), CD = vint_unpackhi32(c, d);
+    z[0] = vint_unpacklo64(ab, cd);
+    z[1] = vint_unpackhi64(ab, cd);
+    z[2] = vint_unpacklo64(AB, CD);
+    z[3] = vint_unpackhi64(AB, CD);
+}
+
+// the two bytes at x of every row, in a dword
+TACQ_INLINE vint tacq_load_words(const uint8_t * x, size_t row_size) {
+    uint16_t w[TACQ_LANES];
+    for (int r = 0; r < TACQ_LANES; r++) {
+        memcpy(&w[r], x + r*row_size, 2);
+    }
+    const __m128i lo = _mm_setr_epi16((short) w[0], (short) w[1], (short) w[2], (short) w[3], (short) w[4], (short) w[5], (short) w[6], (short) w[7]);
+#if defined(TACQ_AVX512)
+    const __m128i hi = _mm_setr_epi16((short) w[8], (short) w[9], (short) w[10], (short) w[11], (short) w[12], (short) w[13], (short) w[14], (short) w[15]);
+    return _mm512_cvtepu16_epi32(_mm256_set_m128i(hi, lo));
+#else
+    return _mm256_cvtepu16_epi32(lo);
+#endif
+}
+
+// the lowest byte (which = 0) or the next one of every dword, four times
+TACQ_INLINE vint tacq_repeat_byte(vint dwords, const int which) {
+    const __m128i at = _mm_add_epi8(_mm_setr_epi8(0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12), _mm_set1_epi8((char) which));
+#if defined(TACQ_AVX512)
+    return _mm512_shuffle_epi8(dwords, _mm512_broadcast_i32x4(at));
+#else
+    return _mm256_shuffle_epi8(dwords, _mm256_broadcastsi128_si256(at));
+#endif
+}
+
+#endif // TACQ_LANES
