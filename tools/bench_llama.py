@@ -1,0 +1,186 @@
+#!/usr/bin/env python3
+"""Speed of whole models: files of one model in our types and in stock types, measured by llama-bench in turns.
+
+    bench_llama.py MODEL.gguf [--types TACQ2_S1 Q2_K ...] [--threads 1 2] [--rounds 3] [--prompt 512] [--generate 64] [--json]
+
+Makes what is missing in --workdir: stock types with `llama-quantize --pure --allow-requantize` (with an imatrix where the type
+demands one), ours by plain rounding with the largest rounding errors kept. Embedding and output have the same type in all
+files. The content is of no use, and speed does not depend on it.
+
+Every round runs every file once; figures are medians over the rounds, ratios are medians of the ratios within a round, with the
+least and the largest behind them. `--json` prints a list of {"type", "threads", "pp512", "tg64", "file_bytes"} and the ratios.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tacq_export.block_codec import unpack_blocks  # noqa: E402
+from tacq_export.errors import TacqError  # noqa: E402
+from tacq_export.pack_tensor import QuantizedTensor, dequantize  # noqa: E402
+from tacq_export.reporting import Reporter  # noqa: E402
+from tacq_export.runtime import runtime_path, tool  # noqa: E402
+from tacq_export.runtime_source import cache_dir  # noqa: E402
+from tacq_export.sparse_section import KeptWeights, capacity, pack_sparse  # noqa: E402
+from tacq_export.tensor_types import TYPES_BY_NAME, TensorType  # noqa: E402
+from tacq_export.write_gguf import PlannedTensor, copied, numpy_shape, open_gguf, our_type, tensor_values, write_gguf  # noqa: E402
+
+DEFAULT_TYPES = ["TACQ2_S1", "Q2_K", "IQ2_XS", "TACQ3_S1", "Q3_K_S", "TACQ4", "Q4_0", "Q4_K_S"]
+NEEDS_IMATRIX = ("IQ1", "IQ2", "Q2_K_S", "IQ3_XXS")
+RATIOS = [("TACQ2_S1", "Q2_K"), ("TACQ2_S1", "IQ2_XS"), ("TACQ2_S1", "IQ2_S"), ("TACQ2_S4", "TACQ2"), ("TACQ2_S1", "TACQ2"), ("TACQ3_S1", "Q3_K_S"),
+          ("TACQ3_S1", "IQ3_XXS"), ("TACQ4", "Q4_0"), ("TACQ2_S1", "Q4_0"), ("TACQ3_S1", "Q4_0"), ("TACQ3_S1", "Q2_K"), ("TACQ4", "Q2_K"),
+          ("TACQ2_S1", "Q4_K_S"), ("TACQ3_S1", "Q4_K_S"), ("TACQ4", "Q4_K_S")]  # fmt: skip
+
+
+def run(command: list) -> str:
+    """Standard output of a program; TacqError with its last lines if it fails."""
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, errors="replace")
+    if done.returncode:
+        raise TacqError(f"{Path(command[0]).name} failed: {(done.stderr or done.stdout).strip()[-400:]}")
+    return done.stdout
+
+
+def round_in_c(base: ctypes.CDLL, t: TensorType, weights: np.ndarray) -> np.ndarray:
+    """uint8 [rows, bytes a row]: `weights` (float32 [rows, columns]) in the base type of `t`, by the reference quantizer."""
+    rows, columns = weights.shape
+    data = np.empty((rows, columns // 64 * t.base_bytes), np.uint8)
+    quantize = base.ggml_quantize_chunk
+    quantize.restype = ctypes.c_size_t
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    quantize.argtypes = [ctypes.c_int, pointer, pointer, number, number, number, pointer]
+    quantize(t.base.id, weights.ctypes.data, data.ctypes.data, 0, rows, columns, None)
+    return data
+
+
+def quantize_ours(base: ctypes.CDLL, t: TensorType, weights: np.ndarray) -> np.ndarray:
+    """uint8 bytes of a tensor of type `t`: plain rounding; the largest rounding errors are kept, as many as fit."""
+    data = round_in_c(base, t, weights)
+    if t.p == 0:
+        return data.reshape(-1)
+    rows, columns = weights.shape
+    error = weights - dequantize(QuantizedTensor(t.base, *unpack_blocks(t.bits, data)))
+    n = max(capacity(rows, weights.size, t.p), 0)
+    chosen = np.sort(np.argpartition(np.abs(error), weights.size - n, axis=None)[weights.size - n :])
+    row_ptr = np.concatenate([[0], np.cumsum(np.bincount(chosen // columns, minlength=rows))]).astype(np.uint32)
+    kept = KeptWeights(row_ptr, (chosen % columns).astype(np.uint16), error.reshape(-1)[chosen].astype(np.float16))
+    return np.concatenate([data.reshape(-1), pack_sparse(kept, weights.size, t.p)])
+
+
+def make_ours(source: Path, outfile: Path, t: TensorType, reporter: Reporter) -> None:
+    """A copy of `source` (embedding and output already as wanted) with every other matrix in type `t`."""
+    base = ctypes.CDLL(str(runtime_path() / "libggml-base.so"))
+    reader, planned = open_gguf(source), []
+    for tensor in reader.tensors:
+        shape = numpy_shape(tensor)
+        if len(shape) < 2 or tensor.name in ("token_embd.weight", "output.weight"):
+            planned.append(copied(tensor))
+            continue
+
+        def data(tensor=tensor, shape=shape) -> np.ndarray:
+            values = np.ascontiguousarray(tensor_values(tensor).reshape(-1, shape[-1]))
+            return quantize_ours(base, t, values)
+
+        planned.append(PlannedTensor(tensor.name, shape, our_type(t.name), data))
+    keys = {"general.file_type": t.base.id, "tacq.format_version": 1}
+    write_gguf(outfile, reader, planned, keys, reporter)
+
+
+def make_file(model: Path, type_name: str, ends: str, threads: int, workdir: Path, reporter: Reporter) -> Path:
+    """The file of `model` in `type_name`, with embedding and output of type `ends`; made if it is not in `workdir`."""
+    path = workdir / f"{model.stem}-{type_name.lower()}-{ends}.gguf"
+    if path.is_file():
+        return path
+    workdir.mkdir(parents=True, exist_ok=True)
+    print(f"making {path.name}", file=sys.stderr, flush=True)
+    quantize = [tool("llama-quantize"), "--allow-requantize", "--pure", "--output-tensor-type", ends, "--token-embedding-type", ends]
+    if type_name in TYPES_BY_NAME:
+        # the source of ours: Q8_0, whose ends llama-quantize has already made; not kept
+        source = workdir / f"{model.stem}-source-{ends}.gguf"
+        if not source.is_file():
+            run([*quantize, model, source, "Q8_0", threads])
+        make_ours(source, path, TYPES_BY_NAME[type_name], reporter)
+        return path
+    partial = path.with_suffix(".partial")
+    if type_name.startswith(NEEDS_IMATRIX):
+        imatrix = workdir / f"{model.stem}.imatrix.gguf"
+        if not imatrix.is_file():
+            text = workdir / "imatrix.txt"
+            text.write_text((Path(__file__).parent / "data" / "gsm8k-train-128.jsonl").read_text())
+            run([tool("llama-imatrix"), "-m", model, "-f", text, "-o", imatrix, "-c", 512, "--chunks", 2, "-t", threads, "--no-ppl"])
+        quantize += ["--imatrix", imatrix]
+    run([*quantize, model, partial, type_name, threads])
+    partial.rename(path)
+    return path
+
+
+def measure(path: Path, threads: int, prompt: int, generate: int) -> tuple[float, float]:
+    """(prompt, generation) tokens a second of one run of llama-bench."""
+    output = run([tool("llama-bench"), "-m", path, "-t", threads, "-p", prompt, "-n", generate, "-r", 1, "-o", "json"])
+    tests = json.loads(output)
+    return (next(t["avg_ts"] for t in tests if t["n_gen"] == 0), next(t["avg_ts"] for t in tests if t["n_gen"]))
+
+
+def ratio_of(ours: list[float], stock: list[float]) -> list[float]:
+    """[median, least, largest] of the ratios within a round."""
+    ratios = [a / b for a, b in zip(ours, stock)]
+    return [round(value, 3) for value in (statistics.median(ratios), min(ratios), max(ratios))]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--types", nargs="+", default=DEFAULT_TYPES)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--prompt", type=int, default=512)
+    parser.add_argument("--generate", type=int, default=64)
+    parser.add_argument("--ends", default="q4_0", help="type of embedding and output in all files (default: q4_0)")
+    parser.add_argument("--workdir", type=Path, default=cache_dir() / "bench")
+    parser.add_argument("--only-make", action="store_true", help="make the files and stop")
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+
+    names = [name.upper() for name in args.types]
+    files = {n: make_file(args.model, n, args.ends, max(args.threads), args.workdir, Reporter()) for n in names}
+    if args.only_make:
+        return
+    rows, ratios = [], []
+    for threads in args.threads:
+        speed: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
+        for _ in range(args.rounds):
+            for name in names:
+                speed[name].append(measure(files[name], threads, args.prompt, args.generate))
+        for name in names:
+            pp, tg = (statistics.median(values) for values in zip(*speed[name]))
+            rows.append({"type": name, "threads": threads, f"pp{args.prompt}": round(pp, 2), f"tg{args.generate}": round(tg, 2),
+                         "file_bytes": files[name].stat().st_size})  # fmt: skip
+        for ours, stock in RATIOS:
+            if ours in names and stock in names:
+                pp, tg = ([ratio_of(*pair) for pair in zip(zip(*speed[ours]), zip(*speed[stock]))])
+                ratios.append({"ours": ours, "stock": stock, "threads": threads, f"pp{args.prompt}": pp, f"tg{args.generate}": tg})
+    if args.json:
+        print(json.dumps({"model": args.model.name, "ends": args.ends, "rounds": args.rounds, "speed": rows, "ratios": ratios}))
+        return
+    print(f"{args.model.name}, embedding and output {args.ends}, medians of {args.rounds} rounds, tokens/s")
+    for row in rows:
+        print("  ".join(f"{value:>10}" for value in row.values()))
+    for row in ratios:
+        print(f"{row['ours']} / {row['stock']}, {row['threads']} threads: "
+              f"prompt {row[f'pp{args.prompt}']}, generation {row[f'tg{args.generate}']}")  # fmt: skip
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except TacqError as error:
+        sys.exit(f"error: {error}")
