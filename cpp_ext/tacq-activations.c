@@ -75,21 +75,13 @@ void tacq_quantize_act(const float * x, void * act, int64_t n, int64_t first, in
 void tacq_transpose_stripe(const float * const * x, float * xt, int64_t n) {
     for (int64_t i = 0; i < n; i += 8) {
         for (int t = 0; t < TACQ_STRIPE; t += 8) {
-            __m256 a[8], b[8];
-            for (int j = 0; j < 8; j += 2) {
-                const __m256 r0 = _mm256_loadu_ps(x[t + j] + i), r1 = _mm256_loadu_ps(x[t + j + 1] + i);
-                a[j]     = _mm256_unpacklo_ps(r0, r1);
-                a[j + 1] = _mm256_unpackhi_ps(r0, r1);
+            __m256 a[8];
+            for (int j = 0; j < 8; j++) {
+                a[j] = _mm256_loadu_ps(x[t + j] + i);
             }
-            for (int j = 0; j < 8; j += 4) {
-                b[j]     = _mm256_shuffle_ps(a[j],     a[j + 2], 0x44);
-                b[j + 1] = _mm256_shuffle_ps(a[j],     a[j + 2], 0xee);
-                b[j + 2] = _mm256_shuffle_ps(a[j + 1], a[j + 3], 0x44);
-                b[j + 3] = _mm256_shuffle_ps(a[j + 1], a[j + 3], 0xee);
-            }
-            for (int j = 0; j < 4; j++) {
-                _mm256_storeu_ps(xt + (i + j)    *TACQ_STRIPE + t, _mm256_permute2f128_ps(b[j], b[j + 4], 0x20));
-                _mm256_storeu_ps(xt + (i + j + 4)*TACQ_STRIPE + t, _mm256_permute2f128_ps(b[j], b[j + 4], 0x31));
+            tacq_transpose_8x8(a);
+            for (int j = 0; j < 8; j++) {
+                _mm256_storeu_ps(xt + (i + j)*TACQ_STRIPE + t, a[j]);
             }
         }
     }

@@ -39,7 +39,7 @@ GGML_BACKEND_API void tacq_quantize_act        (const float * x, void * act, int
 GGML_BACKEND_API void tacq_quantize_act_generic(const float * x, void * act, int64_t n, int64_t first, int64_t last);
 
 // for the sparse part of many tokens: xt[column][TACQ_STRIPE] of the rows x[TACQ_STRIPE]
-#define TACQ_STRIPE 16
+#define TACQ_STRIPE 48
 
 GGML_BACKEND_API void tacq_transpose_stripe        (const float * const * x, float * xt, int64_t n);
 GGML_BACKEND_API void tacq_transpose_stripe_generic(const float * const * x, float * xt, int64_t n);

@@ -11,7 +11,7 @@
 #include <algorithm>
 
 static const int64_t FEW_TOKENS = 4;  // up to here packed rows are read once per token or few; above, a tile is unpacked
-static const int64_t BATCH      = 48; // tokens handed to a kernel at once: whole stripes, and whole passes of tacq_gemm
+static const int64_t BATCH      = TACQ_STRIPE; // tokens handed to a kernel at once; whole passes of tacq_gemm
 
 // rows of `op` as the kernels see it
 struct mul_mat_shape {
@@ -153,10 +153,7 @@ static void compute_chunk(const mul_mat_shape & shape, const chunk_job & job, co
                 tacq_sparse_gemv(s, job.sparse_row, job.n_rows, xs[t], ys[t]);
             }
         } else {
-            for (int64_t t = 0; t < n_tokens; t += TACQ_STRIPE) {
-                tacq_sparse_gemm(s, job.sparse_row, job.n_rows, std::min<int64_t>(TACQ_STRIPE, n_tokens - t),
-                    job.stripes + (t0 + t)*shape.n, ys + t);
-            }
+            tacq_sparse_gemm(s, job.sparse_row, job.n_rows, n_tokens, job.stripes + t0*shape.n, ys);
         }
     }
 }

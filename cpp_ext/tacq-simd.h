@@ -137,6 +137,23 @@ TACQ_INLINE vint vint_opaque(int a) {
     return vint_set1(a);
 }
 
+// a[i][j] becomes a[j][i]
+TACQ_INLINE void tacq_transpose_8x8(__m256 a[8]) {
+    __m256 b[8];
+    for (int i = 0; i < 8; i += 4) {
+        const __m256 lo01 = _mm256_unpacklo_ps(a[i],     a[i + 1]), hi01 = _mm256_unpackhi_ps(a[i],     a[i + 1]);
+        const __m256 lo23 = _mm256_unpacklo_ps(a[i + 2], a[i + 3]), hi23 = _mm256_unpackhi_ps(a[i + 2], a[i + 3]);
+        b[i]     = _mm256_shuffle_ps(lo01, lo23, 0x44);
+        b[i + 1] = _mm256_shuffle_ps(lo01, lo23, 0xee);
+        b[i + 2] = _mm256_shuffle_ps(hi01, hi23, 0x44);
+        b[i + 3] = _mm256_shuffle_ps(hi01, hi23, 0xee);
+    }
+    for (int i = 0; i < 4; i++) {
+        a[i]     = _mm256_permute2f128_ps(b[i], b[i + 4], 0x20);
+        a[i + 4] = _mm256_permute2f128_ps(b[i], b[i + 4], 0x31);
+    }
+}
+
 // z[e] = bytes 4*e .. 4*e + 3 of 16 bytes at x of every row
 TACQ_INLINE void tacq_load_transposed(const uint8_t * x, size_t row_size, vint z[4]) {
     const vint a  = vint_load_rows(x,              row_size);
