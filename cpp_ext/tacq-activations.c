@@ -14,7 +14,7 @@ void tacq_quantize_act_generic(const float * x, void * act, int64_t n, int64_t f
             const float a = fabsf(x[g*TACQ_GROUP + i]);
             largest = a > largest ? a : largest;
         }
-        const float inverse = largest > 0.0f ? 127.0f/largest : 0.0f;
+        const float inverse = largest > 1e-35f ? 127.0f/largest : 0.0f;
         int32_t sum = 0;
         for (int i = 0; i < TACQ_GROUP; i++) {
             const int v = (int) nearbyintf(x[g*TACQ_GROUP + i]*inverse);
@@ -55,7 +55,7 @@ void tacq_quantize_act(const float * x, void * act, int64_t n, int64_t first, in
         m = _mm_max_ps(m, _mm_movehl_ps(m, m));
         m = _mm_max_ss(m, _mm_movehdup_ps(m));
         const float  largest = _mm_cvtss_f32(m);
-        const __m256 inverse = _mm256_set1_ps(largest > 0.0f ? 127.0f/largest : 0.0f);
+        const __m256 inverse = _mm256_set1_ps(largest > 1e-35f ? 127.0f/largest : 0.0f);
 
         const __m256i i0 = round_8(xg, inverse), i1 = round_8(xg + 8, inverse), i2 = round_8(xg + 16, inverse), i3 = round_8(xg + 24, inverse);
         const __m256i sum  = _mm256_add_epi32(_mm256_add_epi32(i0, i1), _mm256_add_epi32(i2, i3));

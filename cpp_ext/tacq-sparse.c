@@ -49,7 +49,7 @@ static inline void multiply_entries(const tacq_sparse * s, uint32_t begin, uint3
         _mm256_storeu_ps(products + (i - begin), _mm256_mul_ps(value, lo_hi));
     }
     for (; i < end; i++) {
-        products[i - begin] = GGML_CPU_FP16_TO_FP32(s->values[i])*x[s->columns[i]];
+        products[i - begin] = GGML_CPU_COMPUTE_FP16_TO_FP32(s->values[i])*x[s->columns[i]];
     }
 }
 
@@ -120,7 +120,7 @@ void tacq_sparse_gemm(const tacq_sparse * s, int64_t first_row, int64_t n_rows, 
                 sum[v] = vfloat_set1(0.0f);
             }
             for (uint32_t i = tacq_row_begin(s, first_row + row + r); i < end; i++) {
-                const vfloat  value  = vfloat_set1(GGML_CPU_FP16_TO_FP32(s->values[i]));
+                const vfloat  value  = vfloat_set1(GGML_CPU_COMPUTE_FP16_TO_FP32(s->values[i]));
                 const float * column = xt + (int64_t) s->columns[i]*TACQ_STRIPE;
                 for (int v = 0; v < N; v++) {
                     sum[v] = vfloat_mad(value, vfloat_load(column + v*TACQ_LANES), sum[v]);
