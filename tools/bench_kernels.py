@@ -86,8 +86,8 @@ class BenchGgml(Ggml):
 class Case:
     """One type at one size: a graph with a product for every copy of the matrix."""
 
-    def __init__(self, ggml: BenchGgml, name: str, rows: int, columns: int, tokens: int, megabytes: int):
-        self.ggml, self.name = ggml, name
+    def __init__(self, ggml: BenchGgml, name: str, rows: int, columns: int, tokens: int, megabytes: int, cpu_time: bool):
+        self.ggml, self.name, self.cpu_time = ggml, name, cpu_time
         type_id, data, first_rows = weights_of(ggml, name, rows, columns)
         self.bytes, self.copies = data.nbytes, max(1, (megabytes << 20) // data.nbytes)
         room = (self.copies * (data.nbytes + 4 * rows * tokens + 1024) + 4 * columns * tokens >> 20) + 8
@@ -110,9 +110,10 @@ class Case:
         plan = self.ggml.plan(self.graph, threads, None)
         work = np.empty(max(plan.work_size, 1), np.uint8)
         plan.work_data = work.ctypes.data
-        start = time.perf_counter()
+        clock = time.process_time if self.cpu_time else time.perf_counter
+        start = clock()
         self.ggml.graph_compute(self.graph, ctypes.byref(plan))
-        return (time.perf_counter() - start) / self.copies
+        return (clock() - start) / self.copies
 
     def free(self) -> None:
         self.ggml.free(self.ctx)
@@ -120,8 +121,8 @@ class Case:
 
 def bench(ggml: BenchGgml, args: argparse.Namespace, tokens: int) -> list[dict]:
     """One line for every type and number of threads."""
-    cases, lines = [Case(ggml, name, args.rows, args.columns, tokens, args.megabytes if tokens < 32 else 1) for name in args.types], []
-    memory = Case(ggml, "F32", args.rows, args.columns, 1, args.megabytes)  # one token of floats does nothing but read
+    cases, lines = [Case(ggml, name, args.rows, args.columns, tokens, args.megabytes if tokens < 32 else 1, args.cpu_time) for name in args.types], []
+    memory = Case(ggml, "F32", args.rows, args.columns, 1, args.megabytes, args.cpu_time)  # one token of floats does nothing but read
     for threads in args.threads:
         seconds = {case.name: [] for case in [*cases, memory]}
         for _ in range(args.rounds):
@@ -150,8 +151,11 @@ def main() -> None:
     parser.add_argument("--types", nargs="+", default=DEFAULT_TYPES)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--megabytes", type=int, default=96, help="of weights that one round of one token reads (default: 96)")
+    parser.add_argument("--cpu-time", action="store_true", help="count the time of the processor, not of the clock: for a busy machine; 1 thread only")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
+    if args.cpu_time and args.threads != [1]:
+        raise TacqError("--cpu-time adds the threads' times up; give --threads 1 with it.")
     args.types = [name.upper() for name in args.types]
     unknown = [name for name in args.types if name not in STOCK and name not in TYPES_BY_NAME]
     if unknown:

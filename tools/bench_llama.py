@@ -3,9 +3,9 @@
 
     bench_llama.py MODEL.gguf [--types TACQ2_S1 Q2_K ...] [--threads 1 2] [--rounds 3] [--prompt 512] [--generate 64] [--json]
 
-Makes what is missing in --workdir: stock types with `llama-quantize --pure --allow-requantize` (with an imatrix where the type
-demands one), ours by plain rounding with the largest rounding errors kept. Embedding and output have the same type in all
-files. The content is of no use, and speed does not depend on it.
+Makes what is missing in --workdir: all matrices in one type (as `llama-quantize --pure`), embedding and output in the same type
+(--ends) in all files. Only the first block is quantized, by ggml's own plain rounding, and stands in for all blocks: speed does
+not depend on the content, and minutes become seconds. Ours keep the largest rounding errors.
 
 Every round runs every file once; figures are medians over the rounds, ratios are medians of the ratios within a round, with the
 least and the largest behind them. `--json` prints a list of {"type", "threads", "pp512", "tg64", "file_bytes"} and the ratios.
@@ -16,11 +16,13 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
+import re
 import statistics
 import subprocess
 import sys
 from pathlib import Path
 
+import gguf
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -32,14 +34,14 @@ from tacq_export.reporting import Reporter  # noqa: E402
 from tacq_export.runtime import runtime_path, tool  # noqa: E402
 from tacq_export.runtime_source import cache_dir  # noqa: E402
 from tacq_export.sparse_section import KeptWeights, capacity, pack_sparse  # noqa: E402
-from tacq_export.tensor_types import TYPES_BY_NAME, TensorType  # noqa: E402
+from tacq_export.tensor_types import TYPES_BY_NAME  # noqa: E402
 from tacq_export.write_gguf import PlannedTensor, copied, numpy_shape, open_gguf, our_type, tensor_values, write_gguf  # noqa: E402
 
-DEFAULT_TYPES = ["TACQ2_S1", "Q2_K", "IQ2_XS", "TACQ3_S1", "Q3_K_S", "TACQ4", "Q4_0", "Q4_K_S"]
-NEEDS_IMATRIX = ("IQ1", "IQ2", "Q2_K_S", "IQ3_XXS")
-RATIOS = [("TACQ2_S1", "Q2_K"), ("TACQ2_S1", "IQ2_XS"), ("TACQ2_S1", "IQ2_S"), ("TACQ2_S4", "TACQ2"), ("TACQ2_S1", "TACQ2"), ("TACQ3_S1", "Q3_K_S"),
+DEFAULT_TYPES = ["TACQ2_S1", "Q2_K", "IQ2_XS", "TACQ3_S1", "Q3_K", "TACQ4", "Q4_0", "Q4_K"]
+FALLBACKS = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "IQ2_XXS": "IQ4_NL", "IQ2_XS": "IQ4_NL", "IQ2_S": "IQ4_NL", "IQ3_XXS": "IQ4_NL"}
+RATIOS = [("TACQ2_S1", "Q2_K"), ("TACQ2_S1", "IQ2_XS"), ("TACQ2_S1", "IQ2_S"), ("TACQ2_S4", "TACQ2"), ("TACQ2_S1", "TACQ2"), ("TACQ3_S1", "Q3_K"),
           ("TACQ3_S1", "IQ3_XXS"), ("TACQ4", "Q4_0"), ("TACQ2_S1", "Q4_0"), ("TACQ3_S1", "Q4_0"), ("TACQ3_S1", "Q2_K"), ("TACQ4", "Q2_K"),
-          ("TACQ2_S1", "Q4_K_S"), ("TACQ3_S1", "Q4_K_S"), ("TACQ4", "Q4_K_S")]  # fmt: skip
+          ("TACQ2_S1", "Q4_K"), ("TACQ3_S1", "Q4_K"), ("TACQ4", "Q4_K")]  # fmt: skip
 
 
 def run(command: list) -> str:
@@ -50,22 +52,32 @@ def run(command: list) -> str:
     return done.stdout
 
 
-def round_in_c(base: ctypes.CDLL, t: TensorType, weights: np.ndarray) -> np.ndarray:
-    """uint8 [rows, bytes a row]: `weights` (float32 [rows, columns]) in the base type of `t`, by the reference quantizer."""
+def gguf_type(name: str) -> gguf.GGMLQuantizationType:
+    """gguf-py's type of a name of ours or of a stock type."""
+    if name in TYPES_BY_NAME:
+        return our_type(name)
+    if name not in gguf.GGMLQuantizationType.__members__:
+        raise TacqError(f"unknown type '{name}': use a tensor type, such as TACQ2_S1 or Q2_K.")
+    return gguf.GGMLQuantizationType[name]
+
+
+def quantize_in_c(base: ctypes.CDLL, qtype: int, weights: np.ndarray) -> np.ndarray:
+    """uint8 [rows, bytes a row]: `weights` (float32 [rows, columns]) in a type of ggml, all columns of the same importance."""
     rows, columns = weights.shape
-    data = np.empty((rows, columns // 64 * t.base_bytes), np.uint8)
-    quantize = base.ggml_quantize_chunk
-    quantize.restype = ctypes.c_size_t
+    base.ggml_row_size.restype = base.ggml_quantize_chunk.restype = ctypes.c_size_t
+    data = np.empty((rows, base.ggml_row_size(qtype, ctypes.c_int64(columns))), np.uint8)
     pointer, number = ctypes.c_void_p, ctypes.c_int64
-    quantize.argtypes = [ctypes.c_int, pointer, pointer, number, number, number, pointer]
-    quantize(t.base.id, weights.ctypes.data, data.ctypes.data, 0, rows, columns, None)
+    base.ggml_quantize_chunk.argtypes = [ctypes.c_int, pointer, pointer, number, number, number, pointer]
+    importance = np.ones(columns, np.float32)  # IQ2 types demand it
+    base.ggml_quantize_chunk(qtype, weights.ctypes.data, data.ctypes.data, 0, rows, columns, importance.ctypes.data)
     return data
 
 
-def quantize_ours(base: ctypes.CDLL, t: TensorType, weights: np.ndarray) -> np.ndarray:
-    """uint8 bytes of a tensor of type `t`: plain rounding; the largest rounding errors are kept, as many as fit."""
-    data = round_in_c(base, t, weights)
-    if t.p == 0:
+def quantize(base: ctypes.CDLL, type_name: str, weights: np.ndarray) -> np.ndarray:
+    """uint8 bytes of a tensor. For a mixed type of ours the largest rounding errors are kept, as many as fit."""
+    t = TYPES_BY_NAME.get(type_name)
+    data = quantize_in_c(base, int(gguf.GGMLQuantizationType[type_name]) if t is None else t.base.id, weights)
+    if t is None or t.p == 0:
         return data.reshape(-1)
     rows, columns = weights.shape
     error = weights - dequantize(QuantizedTensor(t.base, *unpack_blocks(t.bits, data)))
@@ -76,50 +88,32 @@ def quantize_ours(base: ctypes.CDLL, t: TensorType, weights: np.ndarray) -> np.n
     return np.concatenate([data.reshape(-1), pack_sparse(kept, weights.size, t.p)])
 
 
-def make_ours(source: Path, outfile: Path, t: TensorType, reporter: Reporter) -> None:
-    """A copy of `source` (embedding and output already as wanted) with every other matrix in type `t`."""
-    base = ctypes.CDLL(str(runtime_path() / "libggml-base.so"))
-    reader, planned = open_gguf(source), []
-    for tensor in reader.tensors:
-        shape = numpy_shape(tensor)
-        if len(shape) < 2 or tensor.name in ("token_embd.weight", "output.weight"):
-            planned.append(copied(tensor))
-            continue
-
-        def data(tensor=tensor, shape=shape) -> np.ndarray:
-            values = np.ascontiguousarray(tensor_values(tensor).reshape(-1, shape[-1]))
-            return quantize_ours(base, t, values)
-
-        planned.append(PlannedTensor(tensor.name, shape, our_type(t.name), data))
-    keys = {"general.file_type": t.base.id, "tacq.format_version": 1}
-    write_gguf(outfile, reader, planned, keys, reporter)
-
-
-def make_file(model: Path, type_name: str, ends: str, threads: int, workdir: Path, reporter: Reporter) -> Path:
+def make_file(model: Path, type_name: str, ends: str, workdir: Path, reporter: Reporter) -> Path:
     """The file of `model` in `type_name`, with embedding and output of type `ends`; made if it is not in `workdir`."""
-    path = workdir / f"{model.stem}-{type_name.lower()}-{ends}.gguf"
+    path = workdir / f"{model.stem}-{type_name.lower()}-{ends.lower()}.gguf"
     if path.is_file():
         return path
     workdir.mkdir(parents=True, exist_ok=True)
     print(f"making {path.name}", file=sys.stderr, flush=True)
-    quantize = [tool("llama-quantize"), "--allow-requantize", "--pure", "--output-tensor-type", ends, "--token-embedding-type", ends]
-    if type_name in TYPES_BY_NAME:
-        # the source of ours: Q8_0, whose ends llama-quantize has already made; not kept
-        source = workdir / f"{model.stem}-source-{ends}.gguf"
-        if not source.is_file():
-            run([*quantize, model, source, "Q8_0", threads])
-        make_ours(source, path, TYPES_BY_NAME[type_name], reporter)
-        return path
-    partial = path.with_suffix(".partial")
-    if type_name.startswith(NEEDS_IMATRIX):
-        imatrix = workdir / f"{model.stem}.imatrix.gguf"
-        if not imatrix.is_file():
-            text = workdir / "imatrix.txt"
-            text.write_text((Path(__file__).parent / "data" / "gsm8k-train-128.jsonl").read_text())
-            run([tool("llama-imatrix"), "-m", model, "-f", text, "-o", imatrix, "-c", 512, "--chunks", 2, "-t", threads, "--no-ppl"])
-        quantize += ["--imatrix", imatrix]
-    run([*quantize, model, partial, type_name, threads])
-    partial.rename(path)
+    base = ctypes.CDLL(str(runtime_path() / "libggml-base.so"))
+    reader, planned, done = open_gguf(model), [], {}
+    for tensor in reader.tensors:
+        shape = numpy_shape(tensor)
+        if len(shape) < 2:
+            planned.append(copied(tensor))
+            continue
+        wanted = ends if tensor.name in ("token_embd.weight", "output.weight") else type_name
+        if shape[-1] % gguf.GGML_QUANT_SIZES[gguf_type(wanted)][0]:
+            wanted = FALLBACKS.get(wanted, "Q8_0")  # as llama-quantize does
+
+        def data(tensor=tensor, shape=shape, wanted=wanted) -> np.ndarray:
+            key = (re.sub(r"^blk\.\d+\.", "", tensor.name), shape)
+            if key not in done:
+                done[key] = quantize(base, wanted, np.ascontiguousarray(tensor_values(tensor).reshape(-1, shape[-1])))
+            return done[key]
+
+        planned.append(PlannedTensor(tensor.name, shape, gguf_type(wanted), data))
+    write_gguf(path, reader, planned, {"general.file_type": 0, "tacq.format_version": 1}, reporter)
     return path
 
 
@@ -144,14 +138,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--generate", type=int, default=64)
-    parser.add_argument("--ends", default="q4_0", help="type of embedding and output in all files (default: q4_0)")
+    parser.add_argument("--ends", default="Q4_0", help="type of embedding and output in all files (default: Q4_0)")
     parser.add_argument("--workdir", type=Path, default=cache_dir() / "bench")
     parser.add_argument("--only-make", action="store_true", help="make the files and stop")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
 
     names = [name.upper() for name in args.types]
-    files = {n: make_file(args.model, n, args.ends, max(args.threads), args.workdir, Reporter()) for n in names}
+    files = {n: make_file(args.model, n, args.ends.upper(), args.workdir, Reporter()) for n in names}
     if args.only_make:
         return
     rows, ratios = [], []
