@@ -52,7 +52,7 @@ TACQ_INLINE void unpack_lanes(const int bits, int64_t n, const uint8_t * x, size
     const uint8_t * next = x + TACQ_LANES*row_size;
     for (int64_t ib = 0; ib < n/QK_TACQ; ib++) {
         for (int i = 0; i < TACQ_LANES*TACQ_BLOCK_BYTES(bits); i += 64) { // as in tacq-gemv.c
-            TACQ_PREFETCH(next + i, _MM_HINT_T1);
+            TACQ_PREFETCH_FAR(next + i);
         }
         next += TACQ_LANES*TACQ_BLOCK_BYTES(bits);
         const tacq_block_rows b = tacq_load_block(bits, x + ib*TACQ_BLOCK_BYTES(bits), row_size);
@@ -83,7 +83,7 @@ void tacq_unpack(int bits, int64_t n, int64_t n_rows, const void * x, size_t row
 }
 
 // Two vectors of rows and as many tokens as there are registers for their sums, in integers within a group and in floats.
-#if defined(TACQ_AVX512)
+#if defined(TACQ_AVX512) || defined(TACQ_NEON)
 #define TACQ_GEMM_TOKENS 6
 #else
 #define TACQ_GEMM_TOKENS 3

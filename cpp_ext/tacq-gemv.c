@@ -38,7 +38,11 @@ TACQ_INLINE void gemv_lanes(const int bits, const int n_tokens, const bool near,
     }
     for (int64_t ib = 0; ib < n/QK_TACQ; ib++) {
         for (int i = 0; i < TACQ_LANES*TACQ_BLOCK_BYTES(bits); i += 64) {
-            TACQ_PREFETCH(next + i, near ? _MM_HINT_T0 : _MM_HINT_T1);
+            if (near) {
+                TACQ_PREFETCH_NEAR(next + i);
+            } else {
+                TACQ_PREFETCH_FAR(next + i);
+            }
         }
         next += TACQ_LANES*TACQ_BLOCK_BYTES(bits);
         const tacq_block_rows b = tacq_load_block(bits, x + ib*TACQ_BLOCK_BYTES(bits), row_size);

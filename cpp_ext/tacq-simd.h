@@ -1,6 +1,6 @@
 #pragma once
 
-// Vectors of TACQ_LANES rows: lane r holds something of row r. With 16 lanes on AVX-512 (VNNI), 8 on AVX2. What there is for one
+// Vectors of TACQ_LANES rows: lane r holds something of row r. 16 lanes on AVX-512 (VNNI), 8 on AVX2, 4 on NEON (dot product). What there is for one
 // machine only is in this file; tacq-gemv.c and tacq-gemm.c are written with these functions.
 
 #include "tacq-kernels.h"
@@ -10,6 +10,9 @@
 #define TACQ_LANES 16
 #elif defined(__AVX2__)
 #define TACQ_LANES 8
+#elif defined(__aarch64__) && defined(__ARM_NEON) && defined(__ARM_FEATURE_DOTPROD)
+#define TACQ_NEON
+#define TACQ_LANES 4
 #endif
 
 #if defined(_MSC_VER)
@@ -20,9 +23,15 @@
 
 #if defined(TACQ_LANES)
 
+#if defined(TACQ_NEON)
+#include <arm_neon.h>
+#define TACQ_PREFETCH_NEAR(address) __builtin_prefetch(address)
+#define TACQ_PREFETCH_FAR(address)  __builtin_prefetch(address, 0, 2)
+#else
 #include <immintrin.h>
-
-#define TACQ_PREFETCH(address, hint) _mm_prefetch((const char *) (address), hint)
+#define TACQ_PREFETCH_NEAR(address) _mm_prefetch((const char *) (address), _MM_HINT_T0)
+#define TACQ_PREFETCH_FAR(address)  _mm_prefetch((const char *) (address), _MM_HINT_T1)
+#endif
 
 #if defined(TACQ_AVX512)
 
@@ -67,6 +76,55 @@ TACQ_INLINE vint vint_load_rows(const uint8_t * x, size_t row_size) {
     const __m256i lo = _mm256_set_m128i(_mm_loadu_si128((const __m128i *) (x +  4*row_size)), _mm_loadu_si128((const __m128i *) x));
     const __m256i hi = _mm256_set_m128i(_mm_loadu_si128((const __m128i *) (x + 12*row_size)), _mm_loadu_si128((const __m128i *) (x + 8*row_size)));
     return _mm512_inserti64x4(_mm512_castsi256_si512(lo), hi, 1);
+}
+
+#elif defined(TACQ_NEON)
+
+typedef int32x4_t   vint;
+typedef float32x4_t vfloat;
+
+#define U8(a)  vreinterpretq_u8_s32(a)
+#define S8(a)  vreinterpretq_s8_s32(a)
+#define U32(a) vreinterpretq_u32_s32(a)
+#define S64(a) vreinterpretq_s64_s32(a)
+
+TACQ_INLINE vint   vint_load(const void * p)           { return vreinterpretq_s32_u8(vld1q_u8(p)); }
+TACQ_INLINE void   vint_store(void * p, vint a)        { vst1q_u8(p, U8(a)); }
+TACQ_INLINE vint   vint_set1(int32_t a)                { return vdupq_n_s32(a); }
+TACQ_INLINE vint   vint_set1_byte(int a)               { return vreinterpretq_s32_s8(vdupq_n_s8((int8_t) a)); }
+TACQ_INLINE vint   vint_table(const void * p)          { return vint_load(p); }
+TACQ_INLINE vint   vint_add(vint a, vint b)            { return vaddq_s32(a, b); }
+TACQ_INLINE vint   vint_add_bytes(vint a, vint b)      { return vreinterpretq_s32_s8(vaddq_s8(S8(a), S8(b))); }
+TACQ_INLINE vint   vint_mul(vint a, vint b)            { return vmulq_s32(a, b); }
+TACQ_INLINE vint   vint_and(vint a, vint b)            { return vandq_s32(a, b); }
+TACQ_INLINE vint   vint_and_or(vint a, vint m, vint b) { return vorrq_s32(vandq_s32(a, m), b); }
+TACQ_INLINE vint   vint_xor_and(vint a, vint b, vint m){ return veorq_s32(a, vandq_s32(b, m)); }
+TACQ_INLINE vint   vint_select(vint m, vint a, vint b) { return vbslq_s32(U32(m), a, b); }
+TACQ_INLINE vint   vint_lookup(vint table, vint bytes) { return vreinterpretq_s32_u8(vqtbl1q_u8(U8(table), U8(bytes))); }
+TACQ_INLINE vint   vint_shr(vint a, int n)             { return vreinterpretq_s32_u32(vshlq_u32(U32(a), vdupq_n_s32(-n))); }
+TACQ_INLINE vint   vint_shl(vint a, int n)             { return vshlq_s32(a, vdupq_n_s32(n)); }
+TACQ_INLINE vfloat vfloat_load(const float * p)        { return vld1q_f32(p); }
+TACQ_INLINE void   vfloat_store(float * p, vfloat a)   { vst1q_f32(p, a); }
+TACQ_INLINE vfloat vfloat_set1(float a)                { return vdupq_n_f32(a); }
+TACQ_INLINE vfloat vfloat_of(vint a)                   { return vcvtq_f32_s32(a); }
+TACQ_INLINE vfloat vfloat_sub(vfloat a, vfloat b)      { return vsubq_f32(a, b); }
+TACQ_INLINE vfloat vfloat_mul(vfloat a, vfloat b)      { return vmulq_f32(a, b); }
+TACQ_INLINE vfloat vfloat_mad(vfloat a, vfloat b, vfloat c) { return vfmaq_f32(c, a, b); }
+TACQ_INLINE vfloat vfloat_bits(vint a)                 { return vreinterpretq_f32_s32(a); }
+TACQ_INLINE vint   vint_bits(vfloat a)                 { return vreinterpretq_s32_f32(a); }
+
+// levels + 64 are at most 127, so they are signed bytes too
+TACQ_INLINE vint vint_dot(vint sum, vint u, vint s) { return vdotq_s32(sum, S8(u), S8(s)); }
+
+#define vint_unpacklo32(a, b) vzip1q_s32(a, b)
+#define vint_unpackhi32(a, b) vzip2q_s32(a, b)
+#define vint_unpacklo64(a, b) vreinterpretq_s32_s64(vzip1q_s64(S64(a), S64(b)))
+#define vint_unpackhi64(a, b) vreinterpretq_s32_s64(vzip2q_s64(S64(a), S64(b)))
+
+// 16 bytes of row 0: the other three are in their own vectors
+TACQ_INLINE vint vint_load_rows(const uint8_t * x, size_t row_size) {
+    (void) row_size;
+    return vint_load(x);
 }
 
 #else
@@ -137,6 +195,7 @@ TACQ_INLINE vint vint_opaque(int a) {
     return vint_set1(a);
 }
 
+#if !defined(TACQ_NEON)
 // a[i][j] becomes a[j][i]
 TACQ_INLINE void tacq_transpose_8x8(__m256 a[8]) {
     __m256 b[8];
@@ -153,6 +212,7 @@ TACQ_INLINE void tacq_transpose_8x8(__m256 a[8]) {
         a[i + 4] = _mm256_permute2f128_ps(b[i], b[i + 4], 0x31);
     }
 }
+#endif
 
 // z[e] = bytes 4*e .. 4*e + 3 of 16 bytes at x of every row
 TACQ_INLINE void tacq_load_transposed(const uint8_t * x, size_t row_size, vint z[4]) {
@@ -174,6 +234,9 @@ TACQ_INLINE vint tacq_load_words(const uint8_t * x, size_t row_size) {
     for (int r = 0; r < TACQ_LANES; r++) {
         memcpy(&w[r], x + r*row_size, 2);
     }
+#if defined(TACQ_NEON)
+    return vreinterpretq_s32_u32(vmovl_u16(vld1_u16(w)));
+#else
     const __m128i lo = _mm_setr_epi16((short) w[0], (short) w[1], (short) w[2], (short) w[3], (short) w[4], (short) w[5], (short) w[6], (short) w[7]);
 #if defined(TACQ_AVX512)
     const __m128i hi = _mm_setr_epi16((short) w[8], (short) w[9], (short) w[10], (short) w[11], (short) w[12], (short) w[13], (short) w[14], (short) w[15]);
@@ -181,15 +244,20 @@ TACQ_INLINE vint tacq_load_words(const uint8_t * x, size_t row_size) {
 #else
     return _mm256_cvtepu16_epi32(lo);
 #endif
+#endif
 }
 
 // the lowest byte (which = 0) or the next one of every dword, four times
 TACQ_INLINE vint tacq_repeat_byte(vint dwords, const int which) {
+#if defined(TACQ_NEON)
+    return vint_mul(vint_and(vint_shr(dwords, 8*which), vint_set1(0xff)), vint_set1(0x01010101));
+#else
     const __m128i at = _mm_add_epi8(_mm_setr_epi8(0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12), _mm_set1_epi8((char) which));
 #if defined(TACQ_AVX512)
     return _mm512_shuffle_epi8(dwords, _mm512_broadcast_i32x4(at));
 #else
     return _mm256_shuffle_epi8(dwords, _mm256_broadcastsi128_si256(at));
+#endif
 #endif
 }
 

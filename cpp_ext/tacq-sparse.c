@@ -106,7 +106,7 @@ void tacq_sparse_gemv(const tacq_sparse * s, int64_t first_row, int64_t n_rows, 
 // Rows of a tile for one stripe of tokens: every entry adds its column of activations to the sums of its row, which are then turned
 // round 8 by 8, because results of neighbouring rows lie together.
 void tacq_sparse_gemm(const tacq_sparse * s, int64_t first_row, int64_t n_rows, int64_t n_tokens, const float * xt, float * const * y) {
-    enum { N = TACQ_STRIPE/TACQ_LANES };
+    enum { N = TACQ_STRIPE/TACQ_LANES }; // vectors of tokens
     float sums[8][TACQ_STRIPE];
     for (int64_t row = 0; row < n_rows; row += 8) {
         const int n_now = n_rows - row < 8 ? (int) (n_rows - row) : 8;

@@ -252,6 +252,21 @@ def Ref(s: Sparse) -> np.ndarray:
     return np.frombuffer(s, np.uint8)
 
 
+CROSS, EMULATOR = "aarch64-linux-gnu-gcc", "qemu-aarch64-static"
+
+
+@pytest.mark.skipif(not (shutil.which(CROSS) and shutil.which(EMULATOR)), reason=f"needs {CROSS} and {EMULATOR}")
+@pytest.mark.parametrize("march", ["armv8.2-a+dotprod", "armv8-a"])
+def test_neon_in_an_emulator(tmp_path, march):
+    tree = source_tree(lambda text: None)
+    includes = [f"-I{p}" for p in (cpp_ext_dir(), tree / "ggml/include", tree / "ggml/src", tree / "ggml/src/ggml-cpu")]
+    sources = [str(cpp_ext_dir() / name) for name in KERNELS[:3]] + [str(Path(__file__).parent / "check_kernels.c")]
+    command = [CROSS, "-O2", "-std=gnu11", "-static", "-Wall", "-Wextra", "-Werror", "-Wno-unused-function", f"-march={march}"]
+    subprocess.run([*command, *includes, *sources, "-lm", "-o", str(tmp_path / "check")], check=True)
+    done = subprocess.run([EMULATOR, str(tmp_path / "check")], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and done.stdout.count("ok: ") == 18, done.stdout
+
+
 # -- the ops: shapes and threads that the tests of test_kernels.py do not have -------------------------------------------------
 
 
