@@ -77,6 +77,9 @@ GGML_BACKEND_API void tacq_gemm_generic(int64_t n, int64_t n_rows, int64_t n_tok
 // sparse part, added to what is there
 //
 
+// before the base part of these rows: asks for their entries, and for the row pointers of the rows after them (-1: none)
+GGML_BACKEND_API void tacq_sparse_prefetch(const tacq_sparse * s, int64_t first_row, int64_t n_rows, int64_t next_row);
+
 // one token: y[i] += kept weights of row first_row + i . x
 GGML_BACKEND_API void tacq_sparse_gemv        (const tacq_sparse * s, int64_t first_row, int64_t n_rows, const float * x, float * y);
 GGML_BACKEND_API void tacq_sparse_gemv_generic(const tacq_sparse * s, int64_t first_row, int64_t n_rows, const float * x, float * y);

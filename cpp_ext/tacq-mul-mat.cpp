@@ -121,6 +121,7 @@ struct chunk_job {
     const char  * next;       // what this thread reads after it
     int64_t       n_rows;
     int64_t       sparse_row; // number of the first row in the sparse section
+    int64_t       next_sparse_row; // that of the next chunk, or -1
     const float * stripes;    // of this matrix, or nullptr
     bool          few;        // rows are used as they are packed; else there are at most TACQ_TILE
 };
@@ -129,6 +130,9 @@ struct chunk_job {
 template <typename Token>
 static void compute_chunk(const mul_mat_shape & shape, const chunk_job & job, const tacq_sparse * s, void * tile, int64_t first_token, int64_t last_token, Token token) {
     const bool few = job.few || last_token - first_token <= FEW_TOKENS;
+    if (s) {
+        tacq_sparse_prefetch(s, job.sparse_row, job.n_rows, job.next_sparse_row);
+    }
     if (!few) {
         tacq_unpack(shape.bits, shape.n, job.n_rows, job.rows, job.row_size, tile);
     }
@@ -222,6 +226,11 @@ void tacq_mul_mat(const ggml_compute_params * params, ggml_tensor * dst, const t
         return (const char *) src0->data + rows.begin(chunk/n_parts % rows.n)*row_size + matrix % ne12/r2*size2 + matrix/ne12/r3*size3;
     };
 
+    const auto sparse_row_of = [&](int64_t chunk) {
+        const int64_t matrix = chunk/n_parts/rows.n;
+        return (matrix/ne12/r3*ne02 + matrix % ne12/r2)*ne01 + rows.begin(chunk/n_parts % rows.n);
+    };
+
     void * tile = w.tiles + params->ith*((tacq_tile_size(shape.n) + 63)/64*64);
     for (int64_t chunk = params->ith; chunk < n_chunks; ) {
         const int64_t next   = ggml_threadpool_chunk_add(params->threadpool, 1); // now, so that the kernel knows what comes
@@ -235,7 +244,8 @@ void tacq_mul_mat(const ggml_compute_params * params, ggml_tensor * dst, const t
         job.row_size   = row_size;
         job.next       = next < n_chunks ? rows_of(next) : nullptr;
         job.n_rows     = rows.end(chunk/n_parts % rows.n) - row;
-        job.sparse_row = ((i13/r3)*ne02 + i12/r2)*ne01 + row;
+        job.sparse_row = sparse_row_of(chunk);
+        job.next_sparse_row = next < n_chunks ? sparse_row_of(next) : -1;
         job.few        = ne11 <= FEW_TOKENS;
         job.stripes    = w.stripes ? w.stripes + matrix*n_stripes(ne11)*TACQ_STRIPE*shape.n : nullptr;
 
@@ -315,6 +325,7 @@ void tacq_mul_mat_id(const ggml_compute_params * params, ggml_tensor * dst, cons
         job.next       = nullptr;
         job.n_rows     = rows.end(chunk % rows.n) - row;
         job.sparse_row = expert*ne01 + row;
+        job.next_sparse_row = -1;
         job.few        = few;
         job.stripes    = nullptr; // an expert's tokens are scattered
 

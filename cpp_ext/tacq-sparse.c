@@ -31,6 +31,22 @@ void tacq_sparse_gemm_generic(const tacq_sparse * s, int64_t first_row, int64_t 
     }
 }
 
+// The three parts of a section lie far apart and a chunk of rows takes a little of each: without this, every chunk waits for memory.
+void tacq_sparse_prefetch(const tacq_sparse * s, int64_t first_row, int64_t n_rows, int64_t next_row) {
+#if defined(TACQ_LANES)
+    const uint32_t end = tacq_row_begin(s, first_row + n_rows);
+    for (uint32_t i = tacq_row_begin(s, first_row); i < end; i += 32) {
+        TACQ_PREFETCH_FAR(s->columns + i);
+        TACQ_PREFETCH_FAR(s->values  + i);
+    }
+    for (int64_t i = 0; next_row >= 0 && i <= n_rows + 16; i += 16) {
+        TACQ_PREFETCH_FAR(s->row_ptr + 4*(next_row + i));
+    }
+#else
+    GGML_UNUSED(s); GGML_UNUSED(first_row); GGML_UNUSED(n_rows); GGML_UNUSED(next_row);
+#endif
+}
+
 #if defined(__AVX2__) && defined(__F16C__)
 
 static const int32_t first_lanes[16] = { -1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0 };
