@@ -1,6 +1,8 @@
-// Mixed tensors on the CPU: op(mixed, x) = op(base view, x), which upstream's own code computes, + sparse part.
+// The hook: ops with tensors of our types on the CPU. Matrix products are in tacq-mul-mat.cpp; get_rows of a mixed tensor is that of
+// its base view, by upstream's code, + sparse part.
 
 #include "tacq-cpu.h"
+#include "tacq-mul-mat.h"
 
 #include "ggml-cpu.h"
 #include "ggml-cpu-impl.h"
@@ -53,9 +55,9 @@ bool tacq_cpu_supports_op(const ggml_tensor * op) {
     switch (op->op) {
         case GGML_OP_MUL_MAT:
             // with this hint upstream transforms the activations and never reads the weights
-            return op->src[1]->type == GGML_TYPE_F32 && ggml_get_op_params_i32(op, 1) != GGML_HINT_SRC0_IS_HADAMARD;
+            return tacq_mul_mat_takes(op);
         case GGML_OP_MUL_MAT_ID:
-            return op->src[1]->type == GGML_TYPE_F32;
+            return tacq_mul_mat_takes(op);
         case GGML_OP_GET_ROWS:
             return op->src[1]->type == GGML_TYPE_I32;
         default:
@@ -98,72 +100,11 @@ static tacq_sparse sparse_part(const ggml_compute_params * params, const ggml_te
     return s;
 }
 
-// sum of value * x[column] over the kept weights of one row
-static float dot_row(const tacq_sparse & s, uint32_t begin, uint32_t end, const float * x) {
-    float sum = 0.0f;
-    for (uint32_t i = begin; i < end; i++) {
-        sum += GGML_CPU_FP16_TO_FP32(s.values[i])*x[s.columns[i]];
-    }
-    return sum;
-}
-
 // this thread's share [first, last) of n rows
 static void share(const ggml_compute_params * params, int64_t n, int64_t & first, int64_t & last) {
     const int64_t each = (n + params->nth - 1)/params->nth;
     first = std::min(each*params->ith, n);
     last  = std::min(first + each, n);
-}
-
-static void add_sparse_mul_mat(const ggml_compute_params * params, ggml_tensor * dst, const tacq_sparse & s) {
-    const ggml_tensor * src0 = dst->src[0];
-    const ggml_tensor * src1 = dst->src[1];
-
-    GGML_TENSOR_BINARY_OP_LOCALS
-
-    const int64_t r2 = ne12/ne02; // broadcast factors, as in upstream's mul_mat
-    const int64_t r3 = ne13/ne03;
-
-    int64_t first, last;
-    share(params, ne01, first, last);
-
-    for (int64_t i13 = 0; i13 < ne13; i13++) {
-        for (int64_t i12 = 0; i12 < ne12; i12++) {
-            const int64_t plane = (i13/r3)*ne02 + i12/r2;
-            for (int64_t i01 = first; i01 < last; i01++) {
-                const uint32_t begin = tacq_row_begin(&s, plane*ne01 + i01);
-                const uint32_t end   = tacq_row_begin(&s, plane*ne01 + i01 + 1);
-                for (int64_t i11 = 0; i11 < ne11 && begin < end; i11++) {
-                    const float * x = (const float *) ((const char *) src1->data + i11*nb11 + i12*nb12 + i13*nb13);
-                    float       * y = (float *) ((char *) dst->data + i01*nb0 + i11*nb1 + i12*nb2 + i13*nb3);
-                    *y += dot_row(s, begin, end, x);
-                }
-            }
-        }
-    }
-}
-
-static void add_sparse_mul_mat_id(const ggml_compute_params * params, ggml_tensor * dst, const tacq_sparse & s) {
-    const ggml_tensor * src0 = dst->src[0];
-    const ggml_tensor * src1 = dst->src[1];
-    const ggml_tensor * ids  = dst->src[2];
-
-    GGML_TENSOR_BINARY_OP_LOCALS
-
-    int64_t first, last;
-    share(params, ne01, first, last);
-
-    for (int64_t token = 0; token < ids->ne[1]; token++) {
-        for (int64_t id = 0; id < ids->ne[0]; id++) {
-            const int32_t expert = *(const int32_t *) ((const char *) ids->data + token*ids->nb[1] + id*ids->nb[0]);
-            GGML_ASSERT(expert >= 0 && expert < ne02);
-            const float * x = (const float *) ((const char *) src1->data + (id % ne11)*nb11 + token*nb12);
-            float       * y = (float *) ((char *) dst->data + id*nb1 + token*nb2);
-            for (int64_t i01 = first; i01 < last; i01++) {
-                const int64_t row = expert*ne01 + i01;
-                y[i01] += dot_row(s, tacq_row_begin(&s, row), tacq_row_begin(&s, row + 1), x);
-            }
-        }
-    }
 }
 
 static void add_sparse_get_rows(const ggml_compute_params * params, ggml_tensor * dst, const tacq_sparse & s) {
@@ -198,6 +139,10 @@ class tensor_traits : public ggml::cpu::tensor_traits {
             GGML_ABORT("tacq: %s cannot use tensor '%s' of type %s: only MUL_MAT, MUL_MAT_ID and GET_ROWS with a whole mixed tensor "
                 "as weights, F32 activations and F32 result are implemented", ggml_op_desc(op), t->name, ggml_type_name(t->type));
         }
+        if (tacq_mul_mat_takes(op)) {
+            size = tacq_mul_mat_work_size(n_threads, op);
+            return true;
+        }
         base_op base(op);
         ggml_tensor * node = &base.op;
         ggml_cgraph graph = {};
@@ -209,26 +154,34 @@ class tensor_traits : public ggml::cpu::tensor_traits {
 
     bool compute_forward(ggml_compute_params * params, ggml_tensor * op) override {
         GGML_ASSERT(tacq_cpu_supports_op(op));
-        const tacq_sparse s = sparse_part(params, op->src[0]);
+        const bool is_mixed = tacq_is_mixed(op->src[0]->type);
+        tacq_sparse s;
+        if (is_mixed) {
+            s = sparse_part(params, op->src[0]);
+        }
+        if (tacq_mul_mat_takes(op)) {
+            if (op->op == GGML_OP_MUL_MAT) {
+                tacq_mul_mat(params, op, is_mixed ? &s : nullptr);
+            } else {
+                tacq_mul_mat_id(params, op, is_mixed ? &s : nullptr);
+            }
+            return true;
+        }
         base_op base(op);
         tacq_cpu_compute(params, &base.op);
         ggml_barrier(params->threadpool); // upstream splits the result among the threads in its own way
-        switch (op->op) {
-            case GGML_OP_MUL_MAT:    add_sparse_mul_mat   (params, op, s); break;
-            case GGML_OP_MUL_MAT_ID: add_sparse_mul_mat_id(params, op, s); break;
-            default:                 add_sparse_get_rows  (params, op, s); break;
-        }
+        add_sparse_get_rows(params, op, s);
         return true;
     }
 };
 
 class extra_buffer_type : public ggml::cpu::extra_buffer_type {
-    // no tensor is ever put into this buffer type: mixed tensors stay where the file was mapped
+    // no tensor is ever put into this buffer type: our tensors stay where the file was mapped
     bool supports_op(ggml_backend_dev_t, const ggml_tensor *) override { return false; }
 
     ggml::cpu::tensor_traits * get_tensor_traits(const ggml_tensor * op) override {
         static tensor_traits traits;
-        return !is_no_op(op) && mixed_operand(op) ? &traits : nullptr;
+        return !is_no_op(op) && (mixed_operand(op) || tacq_mul_mat_takes(op)) ? &traits : nullptr;
     }
 };
 

@@ -12,7 +12,7 @@ F32, I32, Q8_0 = 0, 26, 8
 _MAX_DIMS = 4
 
 
-class _InitParams(ctypes.Structure):
+class InitParams(ctypes.Structure):
     _fields_ = [("mem_size", ctypes.c_size_t), ("mem_buffer", ctypes.c_void_p), ("no_alloc", ctypes.c_bool)]
 
 
@@ -24,7 +24,7 @@ class Ggml:
         self.cpu = ctypes.CDLL(str(folder / "libggml-cpu.so"))
         p, i, i64, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_size_t
         for name, result, arguments in [
-            ("ggml_init", p, [_InitParams]), ("ggml_free", None, [p]), ("ggml_get_data", p, [p]),
+            ("ggml_init", p, [InitParams]), ("ggml_free", None, [p]), ("ggml_get_data", p, [p]),
             ("ggml_new_tensor", p, [p, i, i, ctypes.POINTER(i64)]), ("ggml_nbytes", size, [p]),
             ("ggml_mul_mat", p, [p, p, p]), ("ggml_mul_mat_id", p, [p, p, p, p]), ("ggml_get_rows", p, [p, p, p]),
             ("ggml_permute", p, [p, p, i, i, i, i]), ("ggml_view_2d", p, [p, p, i64, i64, size, size]),
@@ -41,7 +41,7 @@ class Ggml:
 
     @contextmanager
     def context(self, megabytes: int = 64):
-        ctx = self.init(_InitParams(megabytes << 20, None, False))
+        ctx = self.init(InitParams(megabytes << 20, None, False))
         try:
             yield ctx
         finally:
