@@ -66,6 +66,11 @@ class LoadedModel:
     head: LinkedTensor | None
 
     @property
+    def n_linear(self) -> int:
+        """Weights of all `linear` matrices together."""
+        return sum(t.weight.numel() for t in self.linear)
+
+    @property
     def name(self) -> str:
         return str(field_value(self.reference, "general.name") or self.reference_path.stem)
 

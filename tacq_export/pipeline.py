@@ -99,11 +99,10 @@ def n_to_keep(scores: dict[str, torch.Tensor], loaded: LoadedModel, config: Expo
 
 def describe(loaded: LoadedModel, texts: list[list[int]], task: str, config: ExportConfig) -> str:
     """The plan in one line, said before the long work begins."""
-    n_linear = sum(t.weight.numel() for t in loaded.linear)
     keep = f"{100 * config.ratio:g} %" if config.bpw_limit is None else f"up to {config.bpw_limit:g} bits per weight"
     others = ", ".join(f"{t.name} {kind.upper()}" for t, kind in embedding_types(loaded, config))
     return (
-        f"{loaded.name}: {len(loaded.linear)} matrices, {n_linear / 1e6:.1f} M weights -> {config.base.name}, kept by '{config.score}': {keep}; {others}. "
+        f"{loaded.name}: {len(loaded.linear)} matrices, {loaded.n_linear / 1e6:.1f} M weights -> {config.base.name}, kept by '{config.score}': {keep}; {others}. "
         f"Task '{task}': {len(texts)} examples, {sum(map(len, texts))} tokens."
     )
 
@@ -115,11 +114,10 @@ def upper_bound_bytes(loaded: LoadedModel, config: ExportConfig) -> float:
 
 def metadata(config: ExportConfig, task: str, selection: dict[str, TensorSelection], n_samples: int, loaded: LoadedModel) -> dict:
     """Our keys of the GGUF. `tacq.ratio` is the share that was selected; filling the sections keeps a little more."""
-    n_linear = sum(t.weight.numel() for t in loaded.linear)
     return {
         "tacq.format_version": FORMAT_VERSION,
         "tacq.score": config.score,
-        "tacq.ratio": sum(s.selected for s in selection.values()) / n_linear,
+        "tacq.ratio": sum(s.selected for s in selection.values()) / loaded.n_linear,
         "tacq.task": task,
         "tacq.n_samples": n_samples,
         "tacq.seq_len": config.seq_len,
@@ -157,16 +155,15 @@ def summarize(outfile: Path, loaded: LoadedModel, selection: dict[str, TensorSel
     """Sizes of what was written, read off the file."""
     tensors = {t.name: t for t in open_gguf(outfile).tensors}
     n_weights = sum(int(t.n_elements) for t in tensors.values())
-    n_linear = sum(t.weight.numel() for t in loaded.linear)
     file_bytes = outfile.stat().st_size
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return ExportResult(
         outfile=outfile,
         file_bytes=file_bytes,
         n_weights=n_weights,
-        n_linear=n_linear,
+        n_linear=loaded.n_linear,
         bpw_file=8 * file_bytes / n_weights,
-        bpw_linear=8 * sum(int(tensors[t.name].n_bytes) for t in loaded.linear) / n_linear,
+        bpw_linear=8 * sum(int(tensors[t.name].n_bytes) for t in loaded.linear) / loaded.n_linear,
         kept=sum(len(s.kept) for s in selection.values()),
         selected=sum(s.selected for s in selection.values()),
         seconds=time.monotonic() - started,

@@ -85,15 +85,15 @@ def quantize_rows(
     bits: int, tensor: LinkedTensor, hessian: torch.Tensor, mask: torch.Tensor | None, config: ExportConfig, upper: torch.Tensor
 ) -> GptqResult:
     """GPTQ and coordinate descent, some rows at a time: rows do not depend on each other, and a head has very many."""
-    parts, energy = [], []
-    for start in range(0, tensor.shape[0], ROWS_AT_ONCE):
-        rows = slice(start, start + ROWS_AT_ONCE)
+    slices = [slice(start, start + ROWS_AT_ONCE) for start in range(0, tensor.shape[0], ROWS_AT_ONCE)]
+    parts = []
+    for rows in slices:
         weight, kept = tensor.weight[rows], None if mask is None else mask[rows]
         result = quantize_gptq(bits, weight, hessian, kept, config.damping, tensor.name, upper)
         parts.append(refine_codes(bits, weight, hessian, result, kept, config.refine_sweeps, config.damping))
-        energy.append(float(((weight @ hessian) * weight).sum(dtype=torch.float64)))
     if len(parts) == 1:
         return parts[0]
+    energy = [float(((tensor.weight[rows] @ hessian) * tensor.weight[rows]).sum(dtype=torch.float64)) for rows in slices]
     return GptqResult(
         codes=torch.cat([p.codes for p in parts]),
         scale_bytes=torch.cat([p.scale_bytes for p in parts]),
