@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from transformers import AutoTokenizer
-
 from .compare_files import ComparedFile, make_imatrix, make_stock, measure
 from .errors import TacqError
 from .inspect_gguf import inspect_gguf
 from .load_model import EMBEDDING, HEAD, make_reference
-from .load_task import load_task, render_example, tokenize_with_gguf
+from .load_task import gguf_tokenizer, load_task, render_example, tokenize_task
 from .reporting import Reporter
 from .runtime import runtime_path
 
@@ -36,10 +34,10 @@ def compare_stock(
     reference = workdir / "reference-f16.gguf"
     if not reference.is_file():
         make_reference(model, reference, reporter)
-    texts = tokenize_with_gguf(evaluation, reference, n_eval, 2048)
+    tokenizer = gguf_tokenizer(reference)
+    texts = tokenize_task(evaluation, tokenizer, n_eval, 2048)
     imatrix = workdir / "task.imatrix.gguf"
     if not imatrix.is_file():
-        tokenizer = AutoTokenizer.from_pretrained(workdir, gguf_file=reference.name)
         rendered = "\n".join(render_example(example, tokenizer) for example in calibration.examples[:n_samples])
         make_imatrix(reference, rendered, imatrix, threads, reporter)
     rows = [measure(reference, ours, "ours", texts, threads, reporter)]

@@ -130,8 +130,8 @@ def tokenize_task(task: Task, tokenizer: PreTrainedTokenizerBase, n_samples: int
     return texts
 
 
-def tokenize_with_gguf(task: Task, gguf_path: Path | str, n_samples: int, seq_len: int) -> list[list[int]]:
-    """`tokenize_task` with the tokenizer and chat template that a GGUF holds. Raises TacqError if transformers cannot read it."""
+def gguf_tokenizer(gguf_path: Path | str) -> PreTrainedTokenizerBase:
+    """The tokenizer and chat template that a GGUF holds. Raises TacqError if transformers cannot read it."""
     from transformers import AutoTokenizer
 
     from .write_gguf import open_gguf
@@ -139,7 +139,11 @@ def tokenize_with_gguf(task: Task, gguf_path: Path | str, n_samples: int, seq_le
     open_gguf(gguf_path)
     path = Path(gguf_path).resolve()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     except (ValueError, NotImplementedError, KeyError) as error:
         raise TacqError(f"transformers cannot read the tokenizer of {gguf_path} ({str(error).splitlines()[0]}); compare on plain text with --text.") from error
-    return tokenize_task(task, tokenizer, n_samples, seq_len)
+
+
+def tokenize_with_gguf(task: Task, gguf_path: Path | str, n_samples: int, seq_len: int) -> list[list[int]]:
+    """`tokenize_task` with `gguf_tokenizer`."""
+    return tokenize_task(task, gguf_tokenizer(gguf_path), n_samples, seq_len)
