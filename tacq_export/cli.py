@@ -75,7 +75,7 @@ def build_progress(reporter: Reporter):
 
 def export_parser(prog: str) -> argparse.ArgumentParser:
     """Flags of an export; each default is ExportConfig's."""
-    from .config import BASE_TYPES, DEFAULT_KEPT_BPW, EMBEDDING_TYPES, REFERENCES, SCORES, ExportConfig
+    from .config import BASE_TYPES, DEFAULT_BPW, DEFAULT_EMBEDDING_TYPE, EMBEDDING_TYPES, HESSIANS, PRECISIONS, REFERENCES, SCORES, ExportConfig
 
     parser = argparse.ArgumentParser(
         prog=prog,
@@ -89,19 +89,23 @@ def export_parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument("--outfile", metavar="OUT.gguf", help="default: MODEL's name with the task's and the base type's")
     parser.add_argument("--score", default=default["score"], metavar="S", help=f"saliency: {', '.join(SCORES)} (default {default['score']})")
     parser.add_argument("--reference", default=default["reference"], metavar="R", help=f"how Q(W) of the saliency is made: {', '.join(REFERENCES)} (default {default['reference']})")
-    parser.add_argument("--ratio", type=float, metavar="R", help="share of the weights to keep at 16 bits, at whatever size that takes, such as 0.0035")
-    parser.add_argument("--target-bpw", type=float, metavar="B", help=f"instead of --ratio: keep as many as B bits per weight of the linear matrices hold, scales and indices counted (default: {DEFAULT_KEPT_BPW} more than the base type takes)")
-    parser.add_argument("--base-type", metavar="T", help=f"type of the other weights: {', '.join(BASE_TYPES)} (default tacq2; with --target-bpw the widest that fits)")
-    parser.add_argument("--token-embedding-type", default=default["token_embedding_type"], metavar="T", help=f"{', '.join(EMBEDDING_TYPES)} (default {default['token_embedding_type']})")
-    parser.add_argument("--output-tensor-type", default=default["output_tensor_type"], metavar="T", help=f"the same for the head, where it is no copy of the embedding (default {default['output_tensor_type']})")
+    parser.add_argument("--target-bpw", type=float, metavar="B", help=f"bits per weight of the linear matrices, scales and indices counted, not to be exceeded: each matrix gets the type of least predicted loss (default {DEFAULT_BPW})")
+    parser.add_argument("--target-size", metavar="S", help="the same for the whole file, embedding and head included: 350M, 1.2G (thousands), 512MiB, or bytes")
+    parser.add_argument("--base-type", metavar="T", help=f"one width for all matrices instead, --target-bpw filled up with kept weights: {', '.join(BASE_TYPES)}")
+    parser.add_argument("--ratio", type=float, metavar="R", help="one width for all matrices (tacq2, or --base-type), and this share of the weights kept at 16 bits, such as 0.0035, at whatever size that takes")
+    parser.add_argument("--tensor-type", action="append", default=[], metavar="REGEX=T", dest="tensor_types", help="type of the matrices whose GGUF name matches, such as 'ffn_down=tacq3' or 'blk.0.=q8_0'; may be given again, the first that matches counts")
+    parser.add_argument("--token-embedding-type", metavar="T", help=f"{', '.join(EMBEDDING_TYPES)} (default {DEFAULT_EMBEDDING_TYPE}; with --target-size chosen with the others)")
+    parser.add_argument("--output-tensor-type", metavar="T", help="the same for the head, where it is no copy of the embedding")
     parser.add_argument("--n-samples", type=int, default=default["n_samples"], metavar="N", help=f"the first N examples of the task are used (default {default['n_samples']})")
     parser.add_argument("--seq-len", type=int, default=default["seq_len"], metavar="N", help=f"each cut to N tokens (default {default['seq_len']})")
     parser.add_argument("--refine-sweeps", type=int, default=default["refine_sweeps"], metavar="N", help=f"passes of coordinate descent over the codes after GPTQ (default {default['refine_sweeps']}; 0 for none)")
     parser.add_argument("--damping", type=float, default=default["damping"], metavar="D", help=f"GPTQ's, as a share of the Hessian's mean diagonal (default {default['damping']})")
+    parser.add_argument("--hessian", default=default["hessian"], metavar="H", help=f"how tokens count in GPTQ's Hessian: {', '.join(HESSIANS)}; gradient weighs each by how much the loss depends on it (default {default['hessian']})")
+    parser.add_argument("--precision", default=default["precision"], metavar="P", help=f"of the calibration's matrix products: {', '.join(PRECISIONS)} (default {default['precision']}; bf16 is 2 to 3 times faster on CPUs that have it)")
     parser.add_argument("--device", default=default["device"], metavar="D", help="auto, cpu, cuda, cuda:N (default auto)")
     parser.add_argument("--seed", type=int, default=default["seed"], metavar="N", help="of the random score (default 0)")
     parser.add_argument("--threads", "-t", type=int, metavar="N", help="CPU threads (default: all)")
-    parser.add_argument("-w", "--workdir", metavar="DIR", help="unfinished work goes here and stays (default: OUT.gguf.work, removed at the end)")
+    parser.add_argument("-w", "--workdir", metavar="DIR", help="work goes here and stays; the next export of the same model and task into it need not calibrate again (default: OUT.gguf.work, removed at the end)")
     parser.add_argument("--resume", action="store_true", help="go on with an export that was interrupted")
     parser.add_argument("--force", action="store_true", help="replace an output that exists")
     parser.add_argument("--dry-run", action="store_true", help="check everything, say what would be done, write nothing")
@@ -113,7 +117,8 @@ def run_export(argv: list[str], prog: str) -> None:
     from .config import ExportConfig
 
     if args["outfile"] is None:
-        args["outfile"] = f"{Path(args['model'].rstrip('/')).name.removesuffix('.gguf')}-{Path(args['task']).stem}-{args['base_type'] or 'tacq2'}.gguf"
+        args["outfile"] = f"{Path(args['model'].rstrip('/')).name.removesuffix('.gguf')}-{Path(args['task']).stem}-{args['base_type'] or 'tacq'}.gguf"
+    args["tensor_types"] = tuple(args["tensor_types"])
     config = ExportConfig(**args)
     config.validate()  # before torch and transformers take their seconds to import
     from .pipeline import export
@@ -193,27 +198,52 @@ def run_verify(argv: list[str], prog: str) -> None:
 
 
 def run_compare(argv: list[str], prog: str) -> None:
-    parser = argparse.ArgumentParser(prog=prog, description=COMMANDS["compare"])
-    parser.add_argument("model", metavar="MODEL", help="what our file was exported from: Hugging Face folder, hub id or GGUF")
-    parser.add_argument("--file", required=True, metavar="OURS.gguf", help="our file")
-    parser.add_argument("--task", required=True, metavar="FILE", help="the examples it was calibrated on; the stock types get their imatrix from them")
-    parser.add_argument("--eval", required=True, metavar="FILE", help="other examples, to measure on")
-    parser.add_argument("--types", default="Q2_K,IQ3_XXS", metavar="T,T", help="stock types (default Q2_K,IQ3_XXS)")
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description="Our files beside stock ones of the same size: llama-quantize with llama-imatrix on the same examples, embedding and head in the same types. "
+        "Prints a table and, as the last line, a JSON list of rows. A comparison that was interrupted goes on with the same command.",
+    )
+    parser.add_argument("model", metavar="MODEL", help="what is compressed: Hugging Face folder, hub id or GGUF; at F16 it is the reference")
+    parser.add_argument("--task", required=True, metavar="FILE", help="the examples of the calibration; the stock types get their imatrix from them")
+    parser.add_argument("--eval", required=True, metavar="FILE", help="other examples, to measure KL, perplexity and top-1 on")
+    parser.add_argument("--file", action="append", metavar="OURS.gguf", help="our file; may be given several times (default: one is exported with default options into the work folder)")
+    parser.add_argument("--types", metavar="T,T", help="stock types (default: for each of our files the nearest in file size, one below and one at or above)")
+    parser.add_argument("--emulate", metavar="T,T", help="stock types, such as Q2_K,IQ3_XXS, also measured as if they could hold every width, at their nominal bits per weight")
     parser.add_argument("--n-samples", type=positive, default=128, metavar="N", help="examples of --task (default 128)")
     parser.add_argument("--n-eval", type=positive, default=24, metavar="N", help="examples of --eval (default 24)")
+    parser.add_argument("--text", metavar="FILE", help="general text, such as wikitext2: the perplexity on it is the price of the task")
+    parser.add_argument("--n-windows", type=positive, default=40, metavar="N", help="windows of 512 tokens of --text (default 40)")
+    parser.add_argument("--score", choices=["gsm8k", "spider", "none"], default="none", help="let each file answer examples of --eval and count what is right (default none)")
+    parser.add_argument("--n-score", type=positive, default=100, metavar="N", help="how many examples are answered (default 100)")
+    parser.add_argument("--embedding-type", metavar="T", help="of embedding and head in the stock files, such as Q6_K (default: what our file has)")
+    parser.add_argument("--outfile-json", metavar="FILE", help="write the rows there, too")
+    parser.add_argument("--png", metavar="FILE", help="draw KL and score against file size (needs matplotlib)")
     parser.add_argument("--threads", "-t", type=positive, metavar="N")
-    parser.add_argument("-w", "--workdir", default="compare.work", metavar="DIR", help="the stock files stay here (default compare.work)")
+    parser.add_argument("-w", "--workdir", default="compare.work", metavar="DIR", help="stock files and results stay here and are used again (default compare.work)")
     args = parser.parse_args(argv)
-    from .compare_stock import compare_stock
+    from .compare_rows import json_line, table, write_json
+    from .compare_stock import CompareConfig, Scoring, compare_stock
+    from .plot_compare import check_picture, plot_compare
 
-    rows, reference = compare_stock(
-        args.model, Path(args.file), Path(args.task), Path(args.eval), args.types.split(","), args.n_samples, args.n_eval,
-        args.threads, Path(args.workdir), ConsoleReporter(),
+    for outfile in filter(None, (args.outfile_json, args.png)):
+        if not Path(outfile).parent.is_dir():
+            raise TacqError(f"There is no folder {Path(outfile).parent} for the output; make it, or give another.")
+    if args.png:
+        check_picture()
+    held_out = Path(args.eval)
+    scoring = [] if args.score == "none" else [Scoring(args.score, held_out, args.n_score)]
+    config = CompareConfig(
+        args.model, Path(args.task), held_out, Path(args.workdir), args.file and [Path(file) for file in args.file], args.types and args.types.split(","),
+        args.emulate.split(",") if args.emulate else (), args.n_samples, args.n_eval, args.text and Path(args.text), args.n_windows, scoring,
+        args.embedding_type, args.embedding_type, args.threads,
     )  # fmt: skip
-    from .compare_files import table
-
-    print("\n".join(table([reference, *rows])))
-    print(json.dumps({"reference": reference.as_dict(), "files": [row.as_dict() for row in rows]}))
+    rows = compare_stock(config, ConsoleReporter())
+    if args.outfile_json:
+        write_json(rows, Path(args.outfile_json))
+    if args.png:
+        plot_compare(rows, Path(args.png), Path(args.model.rstrip("/")).name.removesuffix(".gguf"), f"{rows[0].n_tokens} tokens of {held_out.name}")
+    print("\n".join(table(rows)))
+    print(json_line(rows))
 
 
 def run_prompt(argv: list[str], prog: str) -> None:

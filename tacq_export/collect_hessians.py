@@ -1,4 +1,4 @@
-"""Hessians for GPTQ: X^T X of every linear layer's inputs over the calibration texts."""
+"""Hessians for GPTQ: sum_t w_t x_t x_t^T over the inputs of every linear layer in the calibration texts."""
 
 from __future__ import annotations
 
@@ -52,16 +52,22 @@ def split_by_memory(groups: Sequence[list[LinkedTensor]], limit_bytes: float) ->
 
 @torch.no_grad()
 def collect_hessians(
-    model: PreTrainedModel, groups: Sequence[list[LinkedTensor]], texts: Sequence[Sequence[int]], reporter: Reporter, what: str
-) -> list[torch.Tensor]:
-    """For each group the sum over all tokens of x^T x, float32 [columns, columns]. A pass stops after the last group's input."""
+    model: PreTrainedModel, groups: Sequence[list[LinkedTensor]], texts: Sequence[Sequence[int]], weights: Sequence[torch.Tensor | None],
+    reporter: Reporter, what: str,
+) -> list[torch.Tensor]:  # fmt: skip
+    """For each group the sum over all tokens of w_t x_t x_t^T, float32 [columns, columns]. A pass stops after the last group's input.
+
+    weights: for each group float32 [tokens of all texts], or None for 1.
+    """
     hessians = [torch.zeros(g[0].shape[1], g[0].shape[1], device=model.device) for g in groups]
-    handles = []
+    handles, first = [], 0
     for i, group in enumerate(groups):
 
-        def hook(module, args, hessian=hessians[i], last=i == len(groups) - 1):
+        def hook(module, args, hessian=hessians[i], weight=weights[i], last=i == len(groups) - 1):
             x = args[0].reshape(-1, args[0].shape[-1]).float()
-            hessian.addmm_(x.t(), x)
+            weighted = x if weight is None else x * weight[first : first + len(x), None].to(x.device)
+            with torch.autocast(x.device.type, enabled=False):  # sums of squares stay in float32
+                hessian.addmm_(x.t(), weighted)
             if last:
                 raise _Done
 
@@ -72,6 +78,7 @@ def collect_hessians(
                 model(input_ids=torch.tensor([text], device=model.device), use_cache=False)
             except _Done:
                 pass
+            first += len(text)
     finally:
         for handle in handles:
             handle.remove()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -11,11 +13,23 @@ from .tensor_types import TYPES_BY_NAME, TensorType
 
 SCORES = ("tacq", "fisher", "magnitude", "gradient", "random", "tacq-no-magnitude", "tacq-no-error")
 REFERENCES = ("rtn", "gptq")
+HESSIANS = ("gradient", "plain")
+PRECISIONS = ("f32", "bf16")
 BASE_TYPES = ("tacq2", "tacq3", "tacq4")
 # What the token embedding and the output head may be stored as: ours, and the stock types that gguf-py can write.
 EMBEDDING_TYPES = (*BASE_TYPES, "f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
-# Bits per weight that are spent on kept weights unless --ratio or --target-bpw says otherwise.
-DEFAULT_KEPT_BPW = 0.2
+# Bits per weight of the linear matrices unless another option says how large the file is to be.
+DEFAULT_BPW = 2.45
+DEFAULT_EMBEDDING_TYPE = "tacq4"
+_UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
+
+
+def parse_size(text: str) -> int:
+    """Bytes of '350M', '1.2GiB', '48500000'; k, M, G count in thousands. Raises TacqError for anything else."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", str(text).lower())
+    if not match or match[2] not in _UNITS or not 1 <= float(match[1]) * _UNITS[match[2]] < 1e15:
+        raise TacqError(f"--target-size is '{text}', expected a size such as 350M, 1.2G, 512MiB or a number of bytes.")
+    return math.floor(float(match[1]) * _UNITS[match[2]])
 
 
 @dataclass(frozen=True)
@@ -24,13 +38,18 @@ class ExportConfig:
 
     model: Hugging Face directory or hub id, or GGUF file.  task: JSONL or text file of examples.  outfile: GGUF to write.
     score: one of SCORES (score_weights.py has the formulas).  reference: how Q(W) of the score is made, `rtn` or `gptq`.
-    ratio: share of the linear weights to keep, of the global top, at whatever size that takes.
-    target_bpw: bits per weight of the linear matrices, scales and indices counted, that are not exceeded; as many weights
-    are kept as that holds. Without ratio and target_bpw it is DEFAULT_KEPT_BPW more than the base type takes.
-    base_type: type of the weights that are not kept; None means the widest that fits target_bpw, or tacq2.
+    target_bpw: bits per weight of the linear matrices, scales and indices counted, that are not exceeded (DEFAULT_BPW if
+    nothing else says how large the file is to be).  target_size: the same for the whole file, in bytes or as '350M'. Each
+    tensor then gets the width and the density of least predicted loss.
+    base_type: one width for all matrices instead, kept weights filling up target_bpw.  ratio: with it, or alone (TACQ2),
+    the share of the linear weights to keep, at whatever size that takes.
+    tensor_types: 'REGEX=TYPE' entries; a matrix whose GGUF name matches gets that type, the first that matches counts.
+    token_embedding_type, output_tensor_type: None is DEFAULT_EMBEDDING_TYPE, or what target_size leaves.
     n_samples, seq_len: how many examples of the task, and to how many tokens each is cut.
     refine_sweeps: passes of coordinate descent over the codes after GPTQ; 0 leaves GPTQ's.
     damping: share of the Hessian's mean diagonal that GPTQ adds to it.
+    precision: of the matrix products of the calibration, f32 or bf16 (autocast; 2 to 3 times faster where the CPU has it).
+    hessian: gradient weighs the tokens by their loss gradients (calibrate.py), plain counts all alike.
     device: auto, cpu, cuda or cuda:N.  threads: CPU threads (None: all this process may use).
     workdir: where unfinished work lies (None: OUTFILE.work, removed at the end).  resume: go on with it.
     """
@@ -42,13 +61,17 @@ class ExportConfig:
     reference: str = "rtn"
     ratio: float | None = None
     target_bpw: float | None = None
+    target_size: int | str | None = None
     base_type: str | None = None
-    token_embedding_type: str = "tacq4"
-    output_tensor_type: str = "tacq4"
+    tensor_types: tuple[str, ...] = ()
+    token_embedding_type: str | None = None
+    output_tensor_type: str | None = None
     n_samples: int = 128
     seq_len: int = 2048
     refine_sweeps: int = 3
     damping: float = 0.01
+    hessian: str = "gradient"
+    precision: str = "f32"
     device: str = "auto"
     seed: int = 0
     threads: int | None = None
@@ -81,10 +104,19 @@ class ExportConfig:
         self._one_of("reference", REFERENCES)
         if self.base_type is not None:
             self._one_of("base_type", BASE_TYPES)
-        self._one_of("token_embedding_type", EMBEDDING_TYPES)
-        self._one_of("output_tensor_type", EMBEDDING_TYPES)
-        if self.ratio is not None and self.target_bpw is not None:
-            raise TacqError("--ratio and --target-bpw both say how much to keep; give one of them.")
+        self._one_of("hessian", HESSIANS)
+        self._one_of("precision", PRECISIONS)
+        for name in ("token_embedding_type", "output_tensor_type"):
+            if getattr(self, name) is not None:
+                self._one_of(name, EMBEDDING_TYPES)
+        sizes = [self._flag(name) for name in ("ratio", "target_bpw", "target_size") if getattr(self, name) is not None]
+        if len(sizes) > 1:
+            raise TacqError(f"{' and '.join(sizes)} both say how large the file is to be; give one of them.")
+        if self.base_type is not None and self.target_size is not None:
+            raise TacqError("--base-type gives all matrices one width, and --target-size chooses a width for each; give one of them.")
+        self.fixed_types()
+        if self.target_size is not None:
+            parse_size(self.target_size)
         if self.ratio is not None and not 0 <= self.ratio <= 0.05:
             raise TacqError(f"--ratio is {self.ratio:g}, expected 0 to 0.05 (0.0035 keeps 0.35 % of the weights).")
         if self.target_bpw is not None:
@@ -126,19 +158,42 @@ class ExportConfig:
             raise TacqError(f"The folder {folder} is not writable; give another --outfile.")
 
     @property
+    def allocates(self) -> bool:
+        """True if every tensor gets its own width and density; False if one base type holds all matrices."""
+        return self.base_type is None and self.ratio is None
+
+    @property
     def base(self) -> TensorType:
-        """The base type asked for; else TACQ2, or with a target the widest whose blocks alone stay within it."""
-        if self.base_type:
-            return TYPES_BY_NAME[self.base_type.upper()]
-        types = [TYPES_BY_NAME[name.upper()] for name in BASE_TYPES]
-        return [t for t in types if t.bits_per_weight <= (self.target_bpw or types[0].bits_per_weight)][-1]
+        """The one base type where nothing is allocated."""
+        return TYPES_BY_NAME[(self.base_type or "tacq2").upper()]
 
     @property
     def bpw_limit(self) -> float | None:
-        """Bits per weight of the linear matrices that may not be exceeded; None where `ratio` decides."""
-        if self.ratio is not None:
+        """Bits per weight of the linear matrices that may not be exceeded; None where `ratio` or `target_size` decides."""
+        if self.ratio is not None or self.target_size is not None:
             return None
-        return self.base.bits_per_weight + DEFAULT_KEPT_BPW if self.target_bpw is None else self.target_bpw
+        if self.target_bpw is not None:
+            return self.target_bpw
+        return DEFAULT_BPW if self.base_type is None else self.base.bits_per_weight + DEFAULT_BPW - TYPES_BY_NAME["TACQ2"].bits_per_weight
+
+    def fixed_types(self) -> list[tuple[re.Pattern, str]]:
+        """`tensor_types` as (pattern, type in lower case). Raises TacqError for an entry that is not REGEX=TYPE."""
+        pairs = []
+        for entry in self.tensor_types:
+            pattern, _, name = entry.rpartition("=")
+            allowed = [t.lower() for t in TYPES_BY_NAME] + [t for t in EMBEDDING_TYPES if t not in BASE_TYPES]
+            if not pattern or name.lower() not in allowed:
+                raise TacqError(f"--tensor-type is '{entry}', expected REGEX=TYPE with one of the types {', '.join(allowed)}.")
+            try:
+                pairs.append((re.compile(pattern), name.lower()))
+            except re.error as error:
+                raise TacqError(f"--tensor-type is '{entry}', and '{pattern}' is no regular expression ({error}).") from None
+        return pairs
+
+    def calibration_fingerprint(self) -> dict:
+        """What decides the gradients and Hessians: an export that shares these can use them again."""
+        shared = {f: str(getattr(self, f)) for f in ("model", "n_samples", "seq_len", "hessian", "precision", "device")}
+        return shared | {"power": 2 if self.score == "fisher" else 1}
 
     def fingerprint(self) -> dict:
         """Everything that decides the result, for `--resume`: not where files lie nor how they are made."""

@@ -11,17 +11,19 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .config import BASE_TYPES, ExportConfig
+from .calibrate import Calibration, calibrate, disk_bytes
+from .config import ExportConfig, parse_size
 from .errors import TacqError
-from .load_model import LoadedModel, load_model
+from .load_model import LinkedTensor, LoadedModel, load_model
 from .load_task import load_task, tokenize_task
 from .pack_tensor import unpack_tensor
-from .quantize_model import embedding_types, gptq_error, quantize_embedding, quantize_matrices, rounding_error
+from .plan_types import fixed_types, plan_types
+from .quantize_model import gptq_error, head_tensor, quantize_embedding, quantize_matrices, rounding_error
 from .reporting import Reporter
 from .runtime_source import need_space
-from .score_weights import NEEDS_REFERENCE, score_weights
-from .select_weights import TensorSelection, keep_for_target, select_weights
-from .tensor_types import FORMAT_VERSION, TYPES_BY_ID
+from .score_weights import NEEDS_REFERENCE
+from .select_weights import TensorSelection
+from .tensor_types import FORMAT_VERSION, TYPES_BY_ID, TYPES_BY_NAME, TensorType
 from .workdir import WorkDir
 from .write_gguf import PlannedTensor, copied, encoded, numpy_shape, open_gguf, our_type, raw_bytes, write_gguf
 
@@ -62,27 +64,27 @@ def export(config: ExportConfig, reporter: Reporter | None = None) -> ExportResu
     try:
         loaded = load_model(config.model, work.path, config.device, reporter)
         texts = tokenize_task(task, loaded.tokenizer, config.n_samples, config.seq_len)
-        reporter.say(describe(loaded, texts, task.name, config))
+        fixed, head = fixed_types(loaded, config), head_tensor(loaded)
+        reporter.say(describe(loaded, texts, task.name, fixed, config))
     finally:
         if config.dry_run:
             work.remove()
     if config.dry_run:
         return None
-    need_space(config.outfile.parent, 1.1e-9 * upper_bound_bytes(loaded, config), "the output", "give --outfile on a larger disk")
+    need_space(config.outfile.parent, 1.1e-9 * upper_bound_bytes(loaded), "the output", "give --outfile on a larger disk")
+    need_space(work.calibration, 1e-9 * disk_bytes(loaded, head, work.calibration), "the calibration", "give --workdir on a larger disk")
 
+    power = 2 if config.score == "fisher" else 1
+    calibration = calibrate(loaded, head, texts, power, config.hessian == "gradient", config.precision == "bf16", work.calibration, reporter)
     selection = work.load_selection()
     if selection is None:
-        error = rounding_error(config.base.bits)
-        if config.reference == "gptq" and config.score in NEEDS_REFERENCE:
-            error = gptq_error(config.base.bits, loaded, texts, config.damping, reporter)
-        scores = score_weights(config.score, loaded.model, loaded.linear, texts, error, config.seed, reporter)
-        selection = select_weights(scores, config.base, n_to_keep(scores, loaded, config))
-        del scores
+        error = reference_error(loaded.linear, calibration, config, reporter)
+        selection = plan_types(loaded, calibration, texts, head, fixed, config, error, reporter)
         work.save_selection(selection)
-    quantize_matrices(loaded, texts, selection, config, work, reporter)
-    quantize_embedding(loaded, config, work, reporter)
+    quantize_matrices(calibration, selection, config, work, reporter)
+    quantize_embedding(loaded, selection, work, reporter)
     keys = metadata(config, task.name, selection, len(texts), loaded)
-    write_gguf(config.outfile, loaded.reference, planned_tensors(loaded, config, work), keys, reporter)
+    write_gguf(config.outfile, loaded.reference, planned_tensors(loaded, fixed, work), keys, reporter)
     check_written(config.outfile, work)
     result = summarize(config.outfile, loaded, selection, started)
     if not config.keeps_workdir:
@@ -90,26 +92,39 @@ def export(config: ExportConfig, reporter: Reporter | None = None) -> ExportResu
     return result
 
 
-def n_to_keep(scores: dict[str, torch.Tensor], loaded: LoadedModel, config: ExportConfig) -> int:
-    """Size of the global top: a share of the weights, or as many as the limit's bits hold."""
-    if config.bpw_limit is None:
-        return round(config.ratio * sum(s.numel() for s in scores.values()))
-    return keep_for_target(scores, {t.name: t.shape for t in loaded.linear}, config.base, config.bpw_limit)
+def reference_error(linear: list[LinkedTensor], calibration: Calibration, config: ExportConfig, reporter: Reporter):
+    """(tensor, bits) -> W - Q(W) of the score, as --reference says; GPTQ's is computed once for each width asked for."""
+    if config.reference == "rtn" or config.score not in NEEDS_REFERENCE:
+        return rounding_error
+    by_width: dict[int, dict[str, torch.Tensor]] = {}
+
+    def error(tensor: LinkedTensor, bits: int) -> torch.Tensor:
+        if bits not in by_width:
+            by_width[bits] = gptq_error(bits, calibration, {t.name for t in linear}, config.damping, reporter)
+        return by_width[bits][tensor.name].float()
+
+    return error
 
 
-def describe(loaded: LoadedModel, texts: list[list[int]], task: str, config: ExportConfig) -> str:
+def describe(loaded: LoadedModel, texts: list[list[int]], task: str, fixed: dict[str, str], config: ExportConfig) -> str:
     """The plan in one line, said before the long work begins."""
-    keep = f"{100 * config.ratio:g} %" if config.bpw_limit is None else f"up to {config.bpw_limit:g} bits per weight"
-    others = ", ".join(f"{t.name} {kind.upper()}" for t, kind in embedding_types(loaded, config))
+    if config.target_size is not None:
+        aim = f"a file of at most {parse_size(config.target_size)} bytes, types by predicted loss"
+    elif config.allocates:
+        aim = f"{config.bpw_limit:g} bits per weight, types by predicted loss"
+    else:
+        aim = f"{config.base.name}, kept " + (f"{100 * config.ratio:g} %" if config.bpw_limit is None else f"up to {config.bpw_limit:g} bits per weight")
+    ends = [t for t in (loaded.embedding, loaded.head) if t is not None and t.name in fixed]
+    others = "".join(f", {t.name} {fixed[t.name].upper()}" for t in ends)
     return (
-        f"{loaded.name}: {len(loaded.linear)} matrices, {loaded.n_linear / 1e6:.1f} M weights -> {config.base.name}, kept by '{config.score}': {keep}; {others}. "
+        f"{loaded.name}: {len(loaded.linear)} matrices, {loaded.n_linear / 1e6:.1f} M weights -> {aim} (kept by '{config.score}'){others}. "
         f"Task '{task}': {len(texts)} examples, {sum(map(len, texts))} tokens."
     )
 
 
-def upper_bound_bytes(loaded: LoadedModel, config: ExportConfig) -> float:
+def upper_bound_bytes(loaded: LoadedModel) -> float:
     """More than the output can take, for the check of free space."""
-    return sum(t.n_bytes for t in loaded.reference.tensors) / 2 + sum(4.0 * t.weight.numel() for t, kind in embedding_types(loaded, config) if kind not in BASE_TYPES)
+    return sum(t.n_bytes for t in loaded.reference.tensors)
 
 
 def metadata(config: ExportConfig, task: str, selection: dict[str, TensorSelection], n_samples: int, loaded: LoadedModel) -> dict:
@@ -123,21 +138,30 @@ def metadata(config: ExportConfig, task: str, selection: dict[str, TensorSelecti
         "tacq.seq_len": config.seq_len,
         "tacq.base_model": loaded.name,
         "general.quantized_by": "tacq-export",
-        "general.file_type": config.base.id,  # our llama.cpp prints the type's name for it
+        "general.file_type": main_type(selection, loaded).id,  # our llama.cpp prints the type's name for it
         "general.quantization_version": 2,
     }
 
 
-def planned_tensors(loaded: LoadedModel, config: ExportConfig, work: WorkDir) -> list[PlannedTensor]:
+def main_type(selection: dict[str, TensorSelection], loaded: LoadedModel) -> TensorType:
+    """The base type that holds most of the linear weights."""
+    weights: dict[TensorType, int] = {}
+    for tensor in loaded.linear:
+        if tensor.name in selection:
+            base = selection[tensor.name].type.base
+            weights[base] = weights.get(base, 0) + tensor.weight.numel()
+    return max(weights, key=lambda base: (weights[base], -base.id), default=TYPES_BY_NAME["TACQ2"])
+
+
+def planned_tensors(loaded: LoadedModel, fixed: dict[str, str], work: WorkDir) -> list[PlannedTensor]:
     """Every tensor of the reference in its order: ours from the work folder, the rest converted or copied."""
-    asked = {tensor.name: kind for tensor, kind in embedding_types(loaded, config)}
     planned = []
     for tensor in loaded.reference.tensors:
         if work.has_tensor(tensor.name):
             kind = our_type(work.load_facts(tensor.name)["type"])
             planned.append(PlannedTensor(tensor.name, numpy_shape(tensor), kind, lambda name=tensor.name: work.load_tensor(name)))
         else:
-            planned.append(encoded(tensor, asked[tensor.name]) if tensor.name in asked else copied(tensor))
+            planned.append(encoded(tensor, fixed[tensor.name]) if tensor.name in fixed else copied(tensor))
     return planned
 
 

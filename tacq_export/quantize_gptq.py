@@ -1,8 +1,14 @@
-"""GPTQ with kept weights: round column by column, feed each error forward to the columns still to come.
+"""Quantize one matrix: GPTQ by groups of 32 columns, then coordinate descent over all groups, kept weights free.
 
-Frantar et al., GPTQ (arXiv 2210.17323), algorithm 1, with the changes of DESIGN section 2: the grid of a group of 32
-columns is fitted when its first column is reached (weighted by diag(H), kept weights left out), and a kept weight has
-error zero, its value stored as the difference to its base value.
+The loss is tr(D H D^T) with D the error of the matrix and H the second moment of its inputs.
+
+1. GPTQ (Frantar et al., arXiv 2210.17323): groups from left to right, the columns still to come moved to make up for each
+   group's error. With those free to move, a group's own loss has the matrix S = ((H^-1)_gg)^-1 over the columns from g on,
+   and all 32 codes and the scale byte are chosen under it (group_descent.c).
+2. Coordinate descent (QuantEase, arXiv 2309.01885) with everything else held still, `sweeps` times over all groups: codes and
+   scale bytes now see the errors of all columns.
+
+A kept weight takes the value of least loss; what is stored is its difference to its base value.
 """
 
 from __future__ import annotations
@@ -12,10 +18,8 @@ from dataclasses import dataclass
 import torch
 
 from .errors import TacqError
-from .fit_groups import codec_tables, codes_for, fit_scale_bytes
+from .group_descent import PanelDescent
 from .tensor_types import GROUP_SIZE
-
-_LAZY_COLUMNS = 128  # columns updated one by one before the rest of the matrix is updated by one product
 
 
 @dataclass
@@ -35,18 +39,23 @@ def relative_error(weights: torch.Tensor, quantized: torch.Tensor, hessian: torc
     return float(((difference @ h) * difference).sum().double() / ((weights @ h) * weights).sum().double().clamp_min(1e-30))
 
 
-def inverse_hessian_cholesky(hessian: torch.Tensor, damping: float, name: str = "") -> torch.Tensor:
-    """Upper triangular U with U^T U = (H + damping * mean(diag H) * I)^-1, float32 [columns, columns].
-
-    Computed in float64. A column that no example ever used (zero diagonal) gets a unit diagonal, as in the official code.
-    Raises TacqError if the matrix is not positive definite in spite of the damping.
-    """
+def damped_hessian(hessian: torch.Tensor, damping: float) -> torch.Tensor:
+    """float64 H + damping * mean(diag H) * I; a column that no example ever used (zero diagonal) gets a unit diagonal, as in
+    the official code."""
     h = hessian.double().clone()
     diagonal = h.diagonal()
     diagonal[diagonal == 0] = 1.0
     diagonal += damping * diagonal.mean()
+    return h
+
+
+def inverse_hessian_cholesky(hessian: torch.Tensor, damping: float, name: str = "") -> torch.Tensor:
+    """Upper triangular U with U^T U = damped_hessian(H)^-1, float32 [columns, columns], computed in float64.
+
+    Raises TacqError if the matrix is not positive definite in spite of the damping.
+    """
     try:
-        return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True).float()
+        return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped_hessian(hessian, damping))), upper=True).float()
     except torch.linalg.LinAlgError:
         raise TacqError(f"tensor '{name}': the Hessian is not positive definite; use more or longer examples, or a damping above {damping}") from None
 
@@ -59,55 +68,50 @@ def quantize_gptq(
     damping: float = 0.01,
     name: str = "",
     upper: torch.Tensor | None = None,
+    sweeps: int = 3,
+    feed_forward: bool = True,
 ) -> GptqResult:
-    """Quantize one matrix.
+    """Quantize one matrix, on the CPU.
 
-    weights: float32 [rows, columns], columns a multiple of 64; hessian: X^T X, [columns, columns]; kept: bool [rows,
-    columns] or None; upper: `inverse_hessian_cholesky(hessian, damping)` when the caller already has it (matrices with
-    the same input share it).
+    weights: float32 [rows, columns], columns a multiple of 64; hessian: [columns, columns]; kept: bool [rows, columns] or
+    None; upper: `inverse_hessian_cholesky(hessian, damping)` when the caller already has it (matrices with the same input
+    share it); sweeps: of coordinate descent; feed_forward: False leaves GPTQ's out (groups are rounded one by one), which needs no
+    Cholesky factor. The damped loss never rises from sweep to sweep.
     """
     rows, columns = weights.shape
-    if upper is None:
+    n_groups = columns // GROUP_SIZE
+    if upper is None and feed_forward:
         upper = inverse_hessian_cholesky(hessian, damping, name)
-    importance = hessian.diagonal().float().clamp_min(1e-12 * float(hessian.diagonal().mean()) + 1e-30)
-    scale_of_byte, codebook_of_byte, codebooks = codec_tables(bits, weights.device)
-    flat_levels = codebooks.reshape(-1)
-    w = weights.clone()
-    # Column-major work arrays: the inner loop reads and writes whole columns.
-    codes = torch.empty((columns, rows), dtype=torch.uint8, device=w.device)
-    scale_bytes = torch.empty((columns // GROUP_SIZE, rows), dtype=torch.uint8, device=w.device)
-    quantized = torch.empty((columns, rows), device=w.device)
-    base = torch.empty((columns, rows), device=w.device) if kept is not None else None
-    for start in range(0, columns, _LAZY_COLUMNS):
-        end = min(start + _LAZY_COLUMNS, columns)
-        block = w[:, start:end].t().contiguous()
-        errors = torch.zeros_like(block)
-        u = upper[start:end, start:end]
-        for i in range(end - start):
-            column = start + i
-            if column % GROUP_SIZE == 0:
-                group = block[i : i + GROUP_SIZE].t().contiguous()
-                weight = importance[column : column + GROUP_SIZE]
-                if kept is not None:
-                    weight = weight * ~kept[:, column : column + GROUP_SIZE]
-                byte = fit_scale_bytes(bits, group, weight)
-                scale_bytes[column // GROUP_SIZE] = byte
-                scale = scale_of_byte[byte.long()]
-                first_level = codebook_of_byte[byte.long()] << bits
-            code = codes_for(bits, block[i][:, None], byte)[:, 0]
-            codes[column] = code
-            value = scale * flat_levels[first_level + code]
-            if base is not None:
-                base[column] = value
-                value = torch.where(kept[:, column], block[i], value)
-            quantized[column] = value
-            error = (block[i] - value) / u[i, i]
-            block[i + 1 :] -= u[i, i + 1 :, None] * error[None, :]
-            errors[i] = error
-        if end < columns:
-            w[:, end:] -= errors.t() @ upper[start:end, end:]
-    quantized = quantized.t().contiguous()
-    kept_values = None
-    if kept is not None:
-        kept_values = torch.where(kept, quantized - base.t(), torch.zeros((), device=w.device))
-    return GptqResult(codes.t().contiguous(), scale_bytes.t().contiguous(), kept_values, relative_error(weights, quantized, hessian))
+    weights = weights.cpu()
+    h = damped_hessian(hessian, damping).float().cpu()
+    descend = PanelDescent(bits, rows)
+    codes = torch.zeros((n_groups, rows, GROUP_SIZE), dtype=torch.uint8)  # panel by panel
+    scale_bytes = torch.zeros((n_groups, rows), dtype=torch.uint8)
+    base = torch.zeros((n_groups, rows, GROUP_SIZE))
+    panels = None if kept is None else kept.cpu().reshape(rows, n_groups, GROUP_SIZE).transpose(0, 1).contiguous()
+    values, target = torch.empty_like(weights), weights.clone()
+
+    def panel(g: int, matrix: torch.Tensor, gradient: torch.Tensor, present: torch.Tensor, fresh: bool) -> torch.Tensor:
+        mask = None if panels is None else panels[g]
+        change = descend(matrix, gradient, present, base[g], codes[g], scale_bytes[g], mask, fresh)
+        values[:, g * GROUP_SIZE : (g + 1) * GROUP_SIZE] = present
+        return change
+
+    for g in range(n_groups):
+        own, later = slice(g * GROUP_SIZE, (g + 1) * GROUP_SIZE), slice((g + 1) * GROUP_SIZE, columns)
+        matrix = h[own, own]
+        if feed_forward:
+            inverse = torch.linalg.inv(upper[own, own].cpu().double())
+            matrix = inverse @ inverse.t()
+        change = panel(g, matrix, torch.zeros(rows, GROUP_SIZE), target[:, own].contiguous(), fresh=True)
+        if feed_forward:
+            target[:, later] += change @ (inverse.float() @ upper[own, later].cpu())
+    for _ in range(sweeps):
+        dh = (values - weights) @ h  # exact again at the start of each sweep
+        for g in range(n_groups):
+            own = slice(g * GROUP_SIZE, (g + 1) * GROUP_SIZE)
+            change = panel(g, h[own, own], dh[:, own].contiguous(), values[:, own].contiguous(), fresh=False)
+            dh += change @ h[own]
+    flat = [x.transpose(0, 1).reshape(rows, columns) for x in (codes, base)]
+    kept_values = None if kept is None else torch.where(kept.cpu(), values - flat[1], torch.zeros(()))
+    return GptqResult(flat[0].contiguous(), scale_bytes.t().contiguous(), kept_values, relative_error(weights, values, hessian.cpu()))

@@ -1,4 +1,4 @@
-"""Quantize all matrices of a loaded model: Hessians part by part, GPTQ, bytes into the work folder."""
+"""Quantize all matrices of a loaded model: GPTQ with the calibration's Hessians, bytes into the work folder."""
 
 from __future__ import annotations
 
@@ -9,21 +9,18 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from .collect_hessians import collect_hessians, group_by_input, split_by_memory
-from .config import BASE_TYPES, ExportConfig
+from .calibrate import Calibration
+from .config import ExportConfig
 from .fit_groups import dequantize_groups, round_to_nearest
 from .load_model import LinkedTensor, LoadedModel
 from .pack_tensor import QuantizedTensor, pack_tensor
 from .quantize_gptq import GptqResult, inverse_hessian_cholesky, quantize_gptq
-from .refine_codes import refine_codes
 from .reporting import Reporter
 from .select_weights import TensorSelection
 from .sparse_section import KeptWeights
-from .tensor_types import TYPES_BY_NAME, TensorType
+from .tensor_types import TensorType
 from .workdir import WorkDir
 
-# Hessians held at once; more matrices than fit take further passes over the calibration texts.
-HESSIAN_BYTES = 4e9
 ROWS_AT_ONCE = 16384
 
 
@@ -55,22 +52,17 @@ def kept_mask(selection: TensorSelection, tensor: LinkedTensor) -> torch.Tensor 
 
 
 def quantize_matrices(
-    loaded: LoadedModel, texts: Sequence[Sequence[int]], selection: dict[str, TensorSelection], config: ExportConfig,
-    work: WorkDir, reporter: Reporter,
-) -> None:  # fmt: skip
-    """GPTQ and coordinate descent for every matrix that multiplies, kept weights exact, into the work folder.
+    calibration: Calibration, selection: dict[str, TensorSelection], config: ExportConfig, work: WorkDir, reporter: Reporter
+) -> None:
+    """GPTQ and coordinate descent for every matrix that multiplies and has a type of ours, into the work folder.
 
     The head is one of them, be it the embedding or a matrix of its own: its inputs are far from equal in size, so plain
     rounding costs much more (measured in tools/LOG.md).
     """
-    tensors = [t for t in [*loaded.linear, *head_tensors(loaded, config)] if not work.has_tensor(t.name)]
-    types = {t.name: kind for t, kind in embedding_types(loaded, config)}
 
     def finish(tensor: LinkedTensor, hessian: torch.Tensor, upper: torch.Tensor) -> None:
         started = time.monotonic()
-        chosen = selection.get(tensor.name)
-        if chosen is None:
-            chosen = TensorSelection(TYPES_BY_NAME[types[tensor.name].upper()], torch.empty(0, dtype=torch.int64), 0)
+        chosen = selection[tensor.name]
         mask = kept_mask(chosen, tensor)
         result = quantize_rows(chosen.type.bits, tensor, hessian, mask, config, upper)
         data = pack_result(tensor, chosen.type, result, mask)
@@ -78,22 +70,21 @@ def quantize_matrices(
         work.save_tensor(tensor.name, data, facts)
         reporter.say(tensor_line(tensor, facts, time.monotonic() - started))
 
-    _for_each_hessian(loaded, tensors, texts, config.damping, finish, reporter)
+    for_each_hessian(calibration, lambda t: t.name in selection and not work.has_tensor(t.name), config.damping, finish, reporter)
 
 
 def quantize_rows(
     bits: int, tensor: LinkedTensor, hessian: torch.Tensor, mask: torch.Tensor | None, config: ExportConfig, upper: torch.Tensor
 ) -> GptqResult:
-    """GPTQ and coordinate descent, some rows at a time: rows do not depend on each other, and a head has very many."""
+    """`quantize_gptq`, some rows at a time: rows do not depend on each other, and a head has very many."""
     slices = [slice(start, start + ROWS_AT_ONCE) for start in range(0, tensor.shape[0], ROWS_AT_ONCE)]
     parts = []
     for rows in slices:
-        weight, kept = tensor.weight[rows], None if mask is None else mask[rows]
-        result = quantize_gptq(bits, weight, hessian, kept, config.damping, tensor.name, upper)
-        parts.append(refine_codes(bits, weight, hessian, result, kept, config.refine_sweeps, config.damping))
+        kept = None if mask is None else mask[rows]
+        parts.append(quantize_gptq(bits, tensor.weight[rows], hessian, kept, config.damping, tensor.name, upper, config.refine_sweeps))
     if len(parts) == 1:
         return parts[0]
-    energy = [float(((tensor.weight[rows] @ hessian) * tensor.weight[rows]).sum(dtype=torch.float64)) for rows in slices]
+    energy = [float(((tensor.weight[rows].cpu() @ hessian) * tensor.weight[rows].cpu()).sum(dtype=torch.float64)) for rows in slices]
     return GptqResult(
         codes=torch.cat([p.codes for p in parts]),
         scale_bytes=torch.cat([p.scale_bytes for p in parts]),
@@ -109,56 +100,48 @@ def tensor_line(tensor: LinkedTensor, facts: dict, seconds: float) -> str:
     return f"{tensor.name:<28} {rows:>6} x {columns:<6} {facts['type']:<10} error {facts['error']:.4f}  {kept:<22} {seconds:5.1f} s"
 
 
-def _for_each_hessian(
-    loaded: LoadedModel, tensors: Sequence[LinkedTensor], texts: Sequence[Sequence[int]], damping: float,
+def for_each_hessian(
+    calibration: Calibration, wanted: Callable[[LinkedTensor], bool], damping: float,
     visit: Callable[[LinkedTensor, torch.Tensor, torch.Tensor], None], reporter: Reporter,
 ) -> None:  # fmt: skip
-    """visit(tensor, hessian, inverse Cholesky) for every tensor, in the order in which the model runs them."""
-    if not tensors:
-        return
-    parts = split_by_memory(group_by_input(loaded.model, tensors, texts[0]), HESSIAN_BYTES)
-    total, done = len(tensors), 0
-    for i, part in enumerate(parts):
-        what = "Hessians" if len(parts) == 1 else f"Hessians {i + 1}/{len(parts)}"
-        hessians = collect_hessians(loaded.model, part, texts, reporter, what)
-        reporter.progress(done, total, "quantizing")
-        for k, group in enumerate(part):
-            upper = inverse_hessian_cholesky(hessians[k], damping, group[0].name)
-            for tensor in group:
-                visit(tensor, hessians[k], upper)
-                done += 1
-                reporter.progress(done, total, "quantizing")
-            hessians[k] = None  # the next ones need the memory
+    """visit(tensor, hessian, inverse Cholesky) for every wanted tensor, in the order in which the model runs them."""
+    groups = [(k, chosen) for k, group in enumerate(calibration.groups) if (chosen := [t for t in group if wanted(t)])]
+    total, done = sum(len(chosen) for _, chosen in groups), 0
+    for k, group in groups:
+        hessian = calibration.hessian(k)
+        upper = inverse_hessian_cholesky(hessian, damping, group[0].name)
+        for tensor in group:
+            visit(tensor, hessian, upper)
+            done += 1
+            reporter.progress(done, total, "quantizing")
 
 
-def rounding_error(bits: int) -> Callable[[LinkedTensor], torch.Tensor]:
-    """W - Q(W) by plain rounding."""
-
-    def error(tensor: LinkedTensor) -> torch.Tensor:
-        return tensor.weight - dequantize_groups(bits, *round_to_nearest(bits, tensor.weight))
-
-    return error
+def rounding_error(tensor: LinkedTensor, bits: int) -> torch.Tensor:
+    """W - Q(W) by plain rounding, on the CPU."""
+    weight = tensor.weight.cpu()
+    return weight - dequantize_groups(bits, *round_to_nearest(bits, weight))
 
 
-def gptq_error(bits: int, loaded: LoadedModel, texts: Sequence[Sequence[int]], damping: float, reporter: Reporter) -> Callable[[LinkedTensor], torch.Tensor]:
-    """W - Q(W) by GPTQ without kept weights, computed for all matrices at once and held as F16."""
+def gptq_error(bits_of: Callable[[str], int], calibration: Calibration, names: set[str], damping: float, reporter: Reporter) -> dict[str, torch.Tensor]:
+    """{name: W - Q(W)} by GPTQ without kept weights, held as F16."""
     errors: dict[str, torch.Tensor] = {}
 
     def visit(tensor: LinkedTensor, hessian: torch.Tensor, upper: torch.Tensor) -> None:
+        bits = bits_of(tensor.name)
         result = quantize_gptq(bits, tensor.weight, hessian, None, damping, tensor.name, upper)
-        errors[tensor.name] = (tensor.weight - dequantize_groups(bits, result.codes, result.scale_bytes)).half()
+        errors[tensor.name] = (tensor.weight.cpu() - dequantize_groups(bits, result.codes, result.scale_bytes)).half()
 
-    _for_each_hessian(loaded, loaded.linear, texts, damping, visit, reporter)
-    return lambda tensor: errors.pop(tensor.name).float()
+    for_each_hessian(calibration, lambda t: t.name in names, damping, visit, reporter)
+    return errors
 
 
-def quantize_embedding(loaded: LoadedModel, config: ExportConfig, work: WorkDir, reporter: Reporter) -> None:
+def quantize_embedding(loaded: LoadedModel, selection: dict[str, TensorSelection], work: WorkDir, reporter: Reporter) -> None:
     """The token embedding by plain rounding, where it gets one of our types and is not the head as well."""
-    tensor, type_name = embedding_types(loaded, config)[0]
-    if type_name not in BASE_TYPES or loaded.head is None or work.has_tensor(tensor.name):
+    tensor = loaded.embedding
+    if tensor.name not in selection or loaded.head is None or work.has_tensor(tensor.name):
         return
     started = time.monotonic()
-    tensor_type = TYPES_BY_NAME[type_name.upper()]
+    tensor_type = selection[tensor.name].type
     weight = to_gguf_rows(tensor.weight, tensor)
     pieces, wrong = [], 0.0
     slices = [slice(start, start + ROWS_AT_ONCE) for start in range(0, weight.shape[0], ROWS_AT_ONCE)]
@@ -172,17 +155,8 @@ def quantize_embedding(loaded: LoadedModel, config: ExportConfig, work: WorkDir,
     reporter.say(tensor_line(tensor, facts, time.monotonic() - started))
 
 
-def head_tensors(loaded: LoadedModel, config: ExportConfig) -> list[LinkedTensor]:
-    """The matrix that makes the logits, under the name of its GGUF tensor, if it gets one of our types; else nothing."""
-    tensor, type_name = embedding_types(loaded, config)[-1]
-    if type_name not in BASE_TYPES:
-        return []
-    if loaded.head is None:
-        tensor = replace(tensor, module_name="output embeddings", module=loaded.model.get_output_embeddings())
-    return [tensor]
-
-
-def embedding_types(loaded: LoadedModel, config: ExportConfig) -> list[tuple[LinkedTensor, str]]:
-    """(tensor, type asked for) of the embedding and, where it has a matrix of its own, the head."""
-    pairs = [(loaded.embedding, config.token_embedding_type)]
-    return pairs + [(loaded.head, config.output_tensor_type)] if loaded.head else pairs
+def head_tensor(loaded: LoadedModel) -> LinkedTensor:
+    """The matrix that makes the logits, under the name of its GGUF tensor: the embedding's where they are one."""
+    if loaded.head is not None:
+        return loaded.head
+    return replace(loaded.embedding, module_name="output embeddings", module=loaded.model.get_output_embeddings())

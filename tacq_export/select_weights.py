@@ -14,7 +14,7 @@ from .errors import TacqError
 from .sparse_section import capacity
 from .tensor_types import BLOCK_SIZE, SPARSE_DENSITIES, TensorType
 
-_MOST_COLUMNS = 1 << 16  # column indices have 16 bits
+MOST_COLUMNS = 1 << 16  # column indices have 16 bits
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def select_weights(scores: dict[str, torch.Tensor], base: TensorType, n_keep: in
         rows, columns = score.shape
         p = density_for(rows, rows * columns, len(top[name]))
         room = min(capacity(rows, rows * columns, p), rows * columns) if p else 0
-        if room < 1 or columns > _MOST_COLUMNS:
+        if room < 1 or columns > MOST_COLUMNS:
             p, room = 0, 0
         if room == 0:
             kept = torch.empty(0, dtype=torch.int64)

@@ -2,7 +2,8 @@
 
     state.json            what this work is of; --resume goes on only with the very same
     reference-f16.gguf    the model before quantization (load_model.py)
-    selection.pt          kept weights of every tensor
+    calibration/          gradients and Hessians (calibrate.py), and calibration.json: what they are of
+    selection.pt          type and kept weights of every tensor
     tensors/NAME.bin      bytes of a finished tensor, with its error and count in NAME.json
 """
 
@@ -48,13 +49,20 @@ class WorkDir:
         if config.dry_run:  # elsewhere: trying out must not cost unfinished work
             path = path.with_name(path.name + ".dry-run")
             marker = path / "state.json"
-        shutil.rmtree(path, ignore_errors=True)
+        calibration = {key: state[key] for key in ("model", "task")} | {"options": config.calibration_fingerprint()}
         try:
+            _clear(path, calibration)
             (path / "tensors").mkdir(parents=True)
+            (path / "calibration").mkdir(exist_ok=True)
+            (path / "calibration.json").write_text(json.dumps(calibration, indent=1))
             marker.write_text(json.dumps(state, indent=1))
         except OSError as error:
             raise TacqError(f"The work folder {path} cannot be made ({error.strerror}); give another with --workdir.") from None
         return cls(path)
+
+    @property
+    def calibration(self) -> Path:
+        return self.path / "calibration"
 
     def load_selection(self) -> dict[str, TensorSelection] | None:
         """What `save_selection` saved, None if it was not reached."""
@@ -91,6 +99,19 @@ class WorkDir:
 
     def _file(self, name: str, ending: str) -> Path:
         return self.path / "tensors" / (name + ending)
+
+
+def _clear(path: Path, calibration: dict) -> None:
+    """Remove an earlier export from a work folder, but for the calibration if it is the same as this one's: exports of
+    several sizes into one --workdir calibrate once."""
+    try:
+        same = json.loads((path / "calibration.json").read_text()) == calibration
+    except (OSError, ValueError):
+        same = False
+    for entry in sorted(path.iterdir()) if path.is_dir() else []:
+        if same and entry.name in ("calibration", "calibration.json"):
+            continue
+        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
 
 def _read_state(marker: Path) -> dict:

@@ -189,6 +189,13 @@ def dequantize_gguf(source: Path | str, outfile: Path, type_name: str, reporter:
     write_gguf(outfile, reader, planned, {"general.file_type": file_type}, reporter, dropped_prefixes=("tacq.",))
 
 
+def type_bytes(shape: tuple[int, ...], name: str) -> int:
+    """Bytes of a tensor of that shape in one of our types or a stock one."""
+    qtype = our_type(name) if name.upper() in TYPES_BY_NAME else gguf.GGMLQuantizationType[name.upper()]
+    block, size = gguf.GGML_QUANT_SIZES[qtype]
+    return int(np.prod(shape)) // block * size
+
+
 def our_type(name: str) -> gguf.GGMLQuantizationType:
     """gguf-py's enum member of one of our types."""
     register_with_gguf()

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from tacq_export.errors import TacqError
-from tacq_export.load_task import Example, Task, load_task, render_example, tokenize_task, tokenize_with_gguf
+from tacq_export.load_task import Example, Task, compact_schema, load_task, prompt_tokens, render_example, tidy_query, tokenize_task, tokenize_with_gguf
 
 
 class Words:
@@ -24,11 +24,11 @@ class Words:
         names = {i: w for w, i in self.ids.items()} | {1: "BOS"}
         return [names[t] for t in tokens]
 
-    def apply_chat_template(self, messages, tokenize):
+    def apply_chat_template(self, messages, tokenize, add_generation_prompt=False):
         assert tokenize is False
         if any(m["role"] == "nobody" for m in messages):
             raise ValueError("Conversation roles must alternate")
-        return "BOS-of-template " + " ".join(f"<{m['role']}> {m['content']}" for m in messages)
+        return "BOS-of-template " + " ".join(f"<{m['role']}> {m['content']}" for m in messages) + " <assistant>" * add_generation_prompt
 
 
 def write(tmp_path, content: str | bytes, name: str = "task.jsonl"):
@@ -82,6 +82,9 @@ BAD_LINES = {
     "no question": ('{"answer": "a"}', '"question" is missing, empty or no string'),
     "empty answer": ('{"question": "q", "answer": " "}', '"answer" is missing, empty or no string'),
     "answer is a number": ('{"question": "q", "answer": 5}', '"answer" is missing, empty or no string'),
+    "no db_id": ('{"question": "q", "query": "SELECT 1"}', 'neither a "schema" nor a "db_id" says which database is asked'),
+    "empty query": ('{"question": "q", "query": "", "db_id": "d"}', '"query" is missing, empty or no string; question and query go together'),
+    "empty schema": ('{"question": "q", "query": "SELECT 1", "schema": " "}', '"schema" is empty or no string; give the CREATE TABLE text'),
     "no completion": ('{"prompt": "q"}', '"completion" is missing, empty or no string; prompt and completion go together'),
     "messages empty": ('{"messages": []}', '"messages" is no list, or empty'),
     "messages is a string": ('{"messages": "hello"}', '"messages" is no list, or empty'),
@@ -173,6 +176,63 @@ def test_plain_text_is_cut_into_consecutive_windows():
     assert len(tokenize_task(task, words, 2, 8)) == 2
     exact = Task("t", [Example(text=" ".join("w" for _ in range(16)))], packed=True)  # 17 tokens: the last window has one only
     assert [len(t) for t in tokenize_task(exact, words, 100, 8)] == [8, 8]
+
+
+SCHEMA = 'CREATE TABLE "pet shop" (\n  "ID" NUMERIC,\n  "name" TEXT,\n  PRIMARY KEY ("ID")\n);\nCREATE TABLE "pet" (\n  "order" TEXT\n);\n'
+
+
+def test_text_to_sql_rows_bring_their_schema_into_the_prompt(tmp_path):
+    (tmp_path / "schemas.json").write_text(json.dumps({"shop": 'CREATE TABLE "pet" (\n  "ID" NUMERIC,\n  "name" TEXT\n);\n'}))
+    row = {"db_id": "shop", "question": "Which pets are there? ", "query": "SELECT name ,  ID FROM pet"}
+    own = {"question": "How many?", "query": "SELECT count(*) FROM t", "schema": "CREATE TABLE t (a)"}
+    first, second = load_task(write(tmp_path, json.dumps(row) + "\n" + json.dumps(own))).examples
+    assert [m["role"] for m in first.messages] == ["user", "assistant"]
+    assert first.messages[0]["content"] == (
+        "CREATE TABLE pet (ID NUMERIC, name TEXT);\n\nQuestion: Which pets are there?\nAnswer with one SQLite query in a ```sql block, nothing else."
+    )
+    assert first.messages[1]["content"] == "```sql\nSELECT name, ID FROM pet\n```"
+    assert second.messages[0]["content"].startswith("CREATE TABLE t (a)\n\nQuestion: How many?\n")
+
+
+def test_a_database_without_a_schema_is_one_sentence(tmp_path):
+    path = write(tmp_path, '{"db_id": "shop", "question": "q", "query": "SELECT 1"}')
+    with pytest.raises(TacqError, match=r'There is no .*schemas.json; put the CREATE TABLE texts there as .*, or into each row as "schema".'):
+        load_task(path)
+    for content, message in [
+        ('{"other": "CREATE TABLE t (a)"}', "task.jsonl, line 1: .*schemas.json has no database 'shop'; add its CREATE TABLE text there"),
+        ("[", "schemas.json is not valid JSON"),
+        ('{"shop": 3}', "schemas.json is no JSON object of db_id and CREATE TABLE text"),
+        ('["shop"]', "schemas.json is no JSON object"),
+    ]:
+        write(tmp_path, content, "schemas.json")
+        with pytest.raises(TacqError, match=message):
+            load_task(path)
+
+
+def test_a_schema_is_compact_and_means_the_same():
+    """Names that need their quotes keep them, here because one is a keyword and one has a space."""
+    assert compact_schema(SCHEMA) == 'CREATE TABLE "pet shop" ("ID" NUMERIC, "name" TEXT, PRIMARY KEY ("ID"));\nCREATE TABLE "pet" ("order" TEXT);'
+    assert compact_schema(SCHEMA.replace('"order"', '"kind"')) == (
+        'CREATE TABLE "pet shop" (ID NUMERIC, name TEXT, PRIMARY KEY (ID));\nCREATE TABLE pet (kind TEXT);'
+    )
+    assert compact_schema("  no SQL\n at all ") == "no SQL\n at all"
+
+
+def test_a_query_is_tidied_outside_its_quotes():
+    assert tidy_query(""" SELECT a ,  count( * )\nFROM t WHERE b  =  'x ,  y' AND c = "d  e" """) == """SELECT a, count(*) FROM t WHERE b = 'x ,  y' AND c = "d  e\""""
+
+
+def test_the_prompt_of_an_example_ends_where_the_assistant_begins():
+    words = Words()
+    example = Example(messages=USER_AND_ASSISTANT)
+    assert words.words(prompt_tokens(example, words)) == "BOS-of-template <user> what is 2 and 3 <assistant>".split()
+    plain = Words(template=None)
+    assert plain.words(prompt_tokens(example, plain)) == "BOS what is 2 and 3".split()
+    for other in (Example(text="a b"), Example(messages=USER_AND_ASSISTANT[:1])):
+        with pytest.raises(TacqError, match="has no assistant's turn at its end"):
+            prompt_tokens(other, words)
+    with pytest.raises(TacqError, match="The model's chat template refuses an example"):
+        prompt_tokens(Example(messages=({"role": "nobody", "content": "x"}, USER_AND_ASSISTANT[1])), words)
 
 
 def test_the_tokenizer_of_a_gguf_gives_the_tokens_of_the_folder(load_tiny, tiny_gguf, tiny_task):

@@ -14,8 +14,8 @@ from pathlib import Path
 from fetch_models import MODELS, fetch_model
 
 from tacq_export.cli import ConsoleReporter
-from tacq_export.compare_files import table
-from tacq_export.compare_stock import compare_stock
+from tacq_export.compare_rows import table
+from tacq_export.compare_stock import CompareConfig, compare_stock
 from tacq_export.errors import TacqError
 from tacq_export.runtime import tool
 
@@ -66,21 +66,24 @@ def main(argv: list[str]) -> int:
         peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
         ask(outfile, args.threads)
         say("comparing with stock files (24 examples that were not calibrated on)")
-        rows, reference = compare_stock(
-            str(model), outfile, DATA / "gsm8k-train-128.jsonl", DATA / "gsm8k-test-24.jsonl", args.types.split(","), 128, 24,
-            args.threads, args.outdir / "stock", ConsoleReporter(),
+        rows = compare_stock(
+            CompareConfig(
+                str(model), DATA / "gsm8k-train-128.jsonl", DATA / "gsm8k-test-24.jsonl", args.outdir / f"{args.model}-stock", [outfile], args.types.split(","),
+                threads=args.threads,
+            ),
+            ConsoleReporter(),
         )  # fmt: skip
     except TacqError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(f"\n{args.model}; reference: its GGUF dequantized to F16; on gsm8k-test-24.jsonl, chat template, whole text")
-    print("\n".join(table([reference, *rows])))
+    print("\n".join(table(rows)))
     print(f"everything: {time.monotonic() - started:.0f} s", flush=True)
-    ours = rows[0]
+    ours, stock = rows[1], [row for row in rows if row.kind == "stock"]
     print(json.dumps({
         "file_bytes": ours.file_bytes, "bpw_file": ours.bpw_file, "bpw_linear": ours.bpw_linear, "kl": ours.kl, "ppl": ours.ppl, "top1": ours.top1,
         "seconds": round(seconds, 1), "peak_rss_bytes": peak,
-        "stock": [{key: getattr(row, key) for key in ("type", "file_bytes", "bpw_linear", "kl", "ppl", "top1")} for row in rows[1:]],
+        "stock": [{"type": row.name} | {key: getattr(row, key) for key in ("file_bytes", "bpw_linear", "kl", "ppl", "top1")} for row in stock],
     }))  # fmt: skip
     return 0
 

@@ -1,0 +1,172 @@
+"""What the task says about the model, gathered once and kept on disk: gradients, and Hessians of every matrix's inputs.
+
+One backward pass an example gives, for every matrix, the gradient sums of the score and, at its outputs y, the loss
+gradient dL/dy of every token. A token whose outputs the loss hardly feels need not be computed well, so each counts in the
+Hessian H = sum_t w_t x_t x_t^T with a weight w_t = |dL/dy_t|, as a share of the mean. With |dL/dy_t|^2, H would be the
+Fisher information's factor (GuidedQuant, arXiv 2505.07004); one label a token is a noisy estimate of it, and the root does
+better than both that and equal weights (tools/LOG.md).
+
+    gradients.safetensors      NAME: sum over examples of |dL/dW|^power of every matrix of the blocks; at its outputs (and
+                               those of head and embedding) NAME/tokens float32 [tokens]: |dL/dy_t|^2, and NAME/rows float32
+                               [rows]: sum_t (dL/dy_tr)^2
+    hessians/N.safetensors     H of the N-th group of matrices with the same input
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from .collect_hessians import collect_hessians, group_by_input, split_by_memory
+from .errors import TacqError
+from .load_model import LinkedTensor, LoadedModel
+from .reporting import Reporter
+from .write_gguf import written_atomically
+
+# Hessians held at once; more matrices than fit take further passes over the calibration texts.
+HESSIAN_BYTES = 4e9
+EMBEDDING_OUTPUT = "embedding"  # under this name the statistics of what the embedding puts out
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Statistics of one model and task. groups: matrices that share an input, in the order in which the model runs them."""
+
+    folder: Path
+    groups: list[list[LinkedTensor]]
+    n_tokens: int
+
+    def gradient(self, name: str) -> torch.Tensor:
+        """float32 [rows, columns]: the gradient sum of a matrix."""
+        return _read(self.folder / "gradients.safetensors", name)
+
+    def has_gradient(self, name: str) -> bool:
+        """False for a head, whose weights are not kept."""
+        with safe_open(self.folder / "gradients.safetensors", "pt") as file:
+            return name in file.keys()
+
+    def row_energy(self, name: str) -> torch.Tensor:
+        """float32 [rows]: sum over tokens of the squared loss gradient at each output; L is the sum of a text's token losses."""
+        return _read(self.folder / "gradients.safetensors", f"{name}/rows")
+
+    def hessian(self, group: int) -> torch.Tensor:
+        """float32 [columns, columns]: sum over tokens of w_t x_t x_t^T, the mean of w_t being 1."""
+        return _read(self.folder / "hessians" / f"{group}.safetensors", "hessian")
+
+
+def _read(path: Path, key: str) -> torch.Tensor:
+    with safe_open(path, "pt") as file:
+        return file.get_tensor(key)
+
+
+def calibrate(
+    loaded: LoadedModel, head: LinkedTensor, texts: Sequence[Sequence[int]], power: int, weighted: bool, bf16: bool, folder: Path, reporter: Reporter
+) -> Calibration:
+    """Gather what `folder` does not have yet, for the matrices of the blocks and the `head`.
+
+    power: of the gradient sums, 1 or 2; weighted: False counts all tokens alike; bf16: matrix products of the model
+    in bfloat16. Raises TacqError when a loss is not finite.
+    """
+    (folder / "hessians").mkdir(parents=True, exist_ok=True)
+    gradients = folder / "gradients.safetensors"
+    if not gradients.is_file():
+        modules = {t.name: t.module for t in loaded.linear}
+        outputs_only = {head.name: head.module, EMBEDDING_OUTPUT: loaded.embedding.module}
+        found = accumulate_gradients(loaded.model, modules, texts, power, reporter, outputs_only, bf16)
+        with written_atomically(gradients) as partial:
+            save_file({name: tensor.cpu().contiguous() for name, tensor in found.items()}, partial)
+        del found
+    groups = group_by_input(loaded.model, [*loaded.linear, head], texts[0])
+    missing = [i for i in range(len(groups)) if not (folder / "hessians" / f"{i}.safetensors").is_file()]
+    parts = split_by_memory([groups[i] for i in missing], HESSIAN_BYTES)
+    done = 0
+    for k, part in enumerate(parts):
+        what = "Hessians" if len(parts) == 1 else f"Hessians {k + 1}/{len(parts)}"
+        weights = [token_weights([_read(gradients, f"{t.name}/tokens") for t in group]) if weighted else None for group in part]
+        with torch.autocast(loaded.model.device.type, torch.bfloat16, enabled=bf16):
+            hessians = collect_hessians(loaded.model, part, texts, weights, reporter, what)
+        for hessian in hessians:
+            with written_atomically(folder / "hessians" / f"{missing[done]}.safetensors") as partial:
+                save_file({"hessian": hessian.cpu()}, partial)
+            done += 1
+    return Calibration(folder, groups, sum(map(len, texts)))
+
+
+def disk_bytes(loaded: LoadedModel, head: LinkedTensor, folder: Path) -> float:
+    """What is still to be written into `folder`, or more: matrices with the same input share a Hessian."""
+    have = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    hessians = sum(4.0 * t.shape[1] ** 2 for t in [*loaded.linear, head])
+    return max(4.0 * loaded.n_linear + hessians - have, 0.0)
+
+
+def token_weights(squared: Sequence[torch.Tensor]) -> torch.Tensor:
+    """float32 [tokens], mean 1: how much each token counts for matrices with the same input, from |dL/dy_t|^2 of each."""
+    roots = [s.sqrt() for s in squared]
+    return sum(r / r.mean().clamp_min(1e-30) for r in roots) / len(roots)
+
+
+def accumulate_gradients(
+    model: torch.nn.Module, modules: dict[str, torch.nn.Module], texts: Sequence[Sequence[int]], power: int, reporter: Reporter,
+    outputs_only: dict[str, torch.nn.Module] | None = None, bf16: bool = False,
+) -> dict[str, torch.Tensor]:  # fmt: skip
+    """{name: sum over texts of |dL/dW|^power, shaped as the module's weight} and, of the gradients at its outputs,
+    {name/tokens: [tokens of all texts], name/rows: [rows]}; float32. `outputs_only` modules have the latter alone.
+
+    L is the mean next-token cross-entropy of one text for the weights (the paper's), and the sum for the outputs, where every
+    token of every text counts alike. Each gradient is freed as soon as it is added, so gradient memory is one matrix.
+    Raises TacqError when a loss is not finite.
+    """
+    found: dict[str, torch.Tensor] = {}
+    outputs_only = outputs_only or {}
+    tokens: dict[str, list[torch.Tensor]] = {name: [] for name in [*modules, *outputs_only]}
+    handles, scale = [], 1.0
+
+    def add_weight(total: torch.Tensor) -> Callable[[torch.nn.Parameter], None]:
+        def hook(parameter: torch.nn.Parameter) -> None:
+            gradient, parameter.grad = parameter.grad, None
+            total.add_(gradient.abs_()) if power == 1 else total.addcmul_(gradient, gradient)
+
+        return hook
+
+    def add_output(name: str) -> Callable:
+        def backward(gradient: torch.Tensor) -> None:
+            squared = (gradient.detach().reshape(-1, gradient.shape[-1]).float() * scale).square_()
+            tokens[name].append(squared.sum(1))
+            rows = squared.sum(0)
+            found[f"{name}/rows"] = found.get(f"{name}/rows", 0) + rows
+
+        def forward(module: torch.nn.Module, args: tuple, output: torch.Tensor) -> None:
+            if not output.requires_grad:
+                output.requires_grad_(True)  # the embedding's: its weights are not asked for
+            output.register_hook(backward)
+
+        return forward
+
+    try:
+        for name, module in modules.items():
+            found[name] = torch.zeros_like(module.weight)
+            module.weight.requires_grad_(True)
+            handles.append(module.weight.register_post_accumulate_grad_hook(add_weight(found[name])))
+        for name, module in (modules | outputs_only).items():
+            handles.append(module.register_forward_hook(add_output(name)))
+        for i, text in enumerate(reporter.track(texts, "calibrating")):
+            batch = torch.tensor([text], device=model.device)
+            scale = len(text) - 1
+            with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+                logits = model(input_ids=batch, use_cache=False).logits[0, :-1].float()
+            loss = torch.nn.functional.cross_entropy(logits, batch[0, 1:])
+            if not torch.isfinite(loss):
+                raise TacqError(f"The loss of example {i + 1} is {loss.item()}; the model or that example is damaged.")
+            loss.backward()
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module in modules.values():
+            module.weight.requires_grad_(False)
+            module.weight.grad = None
+    return found | {f"{name}/tokens": torch.cat(parts) for name, parts in tokens.items()}

@@ -1,0 +1,157 @@
+"""Which type every matrix gets, and which of its weights are kept: one base type for all, or the best for a number of bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from .allocate_bits import Option, allocate, least_bytes
+from .calibrate import Calibration
+from .config import BASE_TYPES, DEFAULT_EMBEDDING_TYPE, ExportConfig, parse_size
+from .errors import TacqError
+from .load_model import LinkedTensor, LoadedModel
+from .predict_loss import BITS, embedding_loss, options_for, predict_losses
+from .reporting import Reporter
+from .score_weights import score_rows, score_weights
+from .select_weights import MOST_COLUMNS, TensorSelection, global_top, keep_for_target, select_weights
+from .sparse_section import capacity
+from .tensor_types import TYPES_BY_NAME, TensorType
+from .write_gguf import numpy_shape, type_bytes
+
+ReferenceError = Callable[[LinkedTensor, int], torch.Tensor]
+# Our keys and the table of tensors grow the header of the float file by less than this.
+_HEADER_GROWTH = 2048
+
+
+def fixed_types(loaded: LoadedModel, config: ExportConfig) -> dict[str, str]:
+    """{GGUF name: type in lower case} of what the user decided: --tensor-type, and the types of embedding and head.
+
+    Raises TacqError for a pattern that no matrix matches, or a mixed type for the embedding or the head.
+    """
+    tensors = [*loaded.linear, loaded.embedding] + ([loaded.head] if loaded.head else [])
+    fixed: dict[str, str] = {}
+    for pattern, kind in config.fixed_types():
+        matches = [t for t in tensors if pattern.search(t.name)]
+        if not matches:
+            raise TacqError(f"--tensor-type: '{pattern.pattern}' matches no matrix of {loaded.name}; names are like {loaded.linear[0].name}.")
+        for tensor in matches:
+            fixed.setdefault(tensor.name, kind)
+    for tensor in tensors:
+        kind = ours(fixed.get(tensor.name))
+        if kind and kind.p and (capacity(tensor.shape[0], tensor.weight.numel(), kind.p) < 1 or tensor.shape[1] > MOST_COLUMNS):
+            raise TacqError(f"--tensor-type: '{tensor.name}' ({tensor.shape[0]} x {tensor.shape[1]}) has no room for kept weights in {kind.name}; give it a base type or a larger S.")
+    ends = [(loaded.embedding, config.token_embedding_type), (loaded.head, config.output_tensor_type)]
+    for tensor, asked in ends:
+        if tensor is not None and (asked is not None or config.target_size is None):
+            fixed.setdefault(tensor.name, asked or DEFAULT_EMBEDDING_TYPE)
+        if tensor is not None and "_s" in fixed.get(tensor.name, ""):
+            raise TacqError(f"--tensor-type: '{tensor.name}' cannot be {fixed[tensor.name]}; embedding and head keep no weights, give it a base type.")
+    return fixed
+
+
+def ours(kind: str | None) -> TensorType | None:
+    """Our type of that name; None for a stock type or none."""
+    return TYPES_BY_NAME.get((kind or "").upper())
+
+
+def plan_types(
+    loaded: LoadedModel, calibration: Calibration, texts: list[list[int]], head: LinkedTensor, fixed: dict[str, str], config: ExportConfig,
+    reference_error: ReferenceError, reporter: Reporter,
+) -> dict[str, TensorSelection]:  # fmt: skip
+    """{GGUF name: type and kept weights} of every tensor that becomes one of ours, embedding and head among them.
+
+    reference_error(tensor, bits) gives W - Q(W). Raises TacqError for a target that cannot be met.
+    """
+    linear = [t for t in loaded.linear if t.name not in fixed]
+    given = {name: kind for name, asked in fixed.items() if (kind := ours(asked))}
+    selection: dict[str, TensorSelection] = {}
+
+    def score(tensors: list[LinkedTensor], bits_of: Callable[[str], int]) -> dict[str, torch.Tensor]:
+        error = lambda tensor: reference_error(tensor, bits_of(tensor.name))  # noqa: E731
+        return score_weights(config.score, tensors, calibration.gradient, error, config.seed, reporter)
+
+    if config.allocates:
+        given |= allocate_types(loaded, calibration, texts, head, linear, fixed, config, reporter)
+    elif linear:
+        scores = score(linear, lambda name: config.base.bits)
+        selection = select_weights(scores, config.base, _n_to_keep(scores, linear, config))
+        del scores
+    for tensor in loaded.linear:  # the types are decided, so each has its own top; one saliency in memory at a time
+        kind = given.get(tensor.name)
+        if kind is not None and kind.p:
+            room = max(capacity(tensor.shape[0], tensor.weight.numel(), kind.p), 0)
+            kept = global_top(score([tensor], lambda name: kind.bits), min(room, tensor.weight.numel()))[tensor.name]
+            selection[tensor.name] = TensorSelection(kind, kept, len(kept))
+    nothing = torch.empty(0, dtype=torch.int64)
+    return selection | {name: TensorSelection(kind, nothing, 0) for name, kind in given.items() if name not in selection}
+
+
+def _n_to_keep(scores: dict[str, torch.Tensor], linear: list[LinkedTensor], config: ExportConfig) -> int:
+    """Size of the global top: a share of the weights, or as many as the limit's bits hold."""
+    if config.bpw_limit is None:
+        return round(config.ratio * sum(s.numel() for s in scores.values()))
+    return keep_for_target(scores, {t.name: t.shape for t in linear}, config.base, config.bpw_limit)
+
+
+def allocate_types(
+    loaded: LoadedModel, calibration: Calibration, texts: list[list[int]], head: LinkedTensor, linear: list[LinkedTensor],
+    fixed: dict[str, str], config: ExportConfig, reporter: Reporter,
+) -> dict[str, TensorType]:  # fmt: skip
+    """{GGUF name: our type} of every tensor that is not fixed, of least predicted loss within the target. Raises TacqError if the smallest types exceed it."""
+    rows_score = lambda tensor, rows, error: score_rows(config.score, tensor, rows, calibration.gradient(tensor.name)[rows], error, config.seed)  # noqa: E731
+    free = {t.name for t in linear} | {t.name for t in (loaded.embedding, head) if t.name not in fixed}
+    predicted = predict_losses(calibration, free, rows_score, config.damping, reporter)
+    options = {t.name: options_for(t, predicted[t.name]) for t in linear}
+    if config.target_size is None:
+        every = {t.name: t for t in loaded.linear}
+        budget = int(config.bpw_limit * loaded.n_linear / 8)
+        spent = sum(type_bytes(every[name].shape, kind) for name, kind in fixed.items() if name in every)
+        flag = f"--target-bpw {config.bpw_limit:g}"
+        unit = lambda n: f"{8 * n / loaded.n_linear:.3f} bits per weight"  # noqa: E731
+    else:
+        if head.name not in fixed:
+            options[head.name] = options_for(head, predicted[head.name])
+        if loaded.embedding.name not in fixed:
+            losses = {bits: embedding_loss(loaded.embedding, calibration, texts, bits) for bits in BITS}
+            both = options.get(loaded.embedding.name)  # tied: the same matrix makes the logits
+            shape = loaded.embedding.shape
+            options[loaded.embedding.name] = [
+                Option(t, t.nbytes(shape[0] * shape[1]), losses[t.bits] + (both[i].loss if both else 0.0))
+                for i, t in enumerate(TYPES_BY_NAME[name.upper()] for name in BASE_TYPES)
+            ]
+        budget = parse_size(config.target_size)
+        spent = _bytes_of_the_rest(loaded, options, fixed)
+        align = int(loaded.reference.alignment)
+        options = {name: [Option(o.type, _padded(o.n_bytes, align), o.loss) for o in choice] for name, choice in options.items()}
+        flag, unit = f"--target-size {config.target_size}", lambda n: f"{n} bytes"
+    if not options:
+        return {}
+    least = least_bytes(options) + spent
+    if least > budget:
+        raise TacqError(f"{flag} cannot be met: with the smallest types it is {unit(least)}; raise it.")
+    chosen = allocate(options, budget - spent)
+    total = sum(o.loss for o in chosen.values())
+    reporter.say(f"Allocation: predicted loss {total:.4f} nats a token; {_counts(chosen)}.")
+    return {name: o.type for name, o in chosen.items()}
+
+
+def _padded(n_bytes: int, alignment: int) -> int:
+    return -(-n_bytes // alignment) * alignment
+
+
+def _bytes_of_the_rest(loaded: LoadedModel, options: dict[str, list[Option]], fixed: dict[str, str]) -> int:
+    """Bytes of the file that the allocation does not decide: header, norms, tensors of fixed types."""
+    spent = int(loaded.reference.data_offset) + _HEADER_GROWTH
+    for tensor in loaded.reference.tensors:
+        if tensor.name not in options:
+            size = type_bytes(numpy_shape(tensor), fixed[tensor.name]) if tensor.name in fixed else int(tensor.n_bytes)
+            spent += _padded(size, int(loaded.reference.alignment))
+    return spent
+
+
+def _counts(chosen: dict[str, Option]) -> str:
+    """'120 TACQ2_S1, 90 TACQ2', most frequent first."""
+    names = [o.type.name for o in chosen.values()]
+    counts = sorted(((names.count(name), name) for name in set(names)), key=lambda pair: (-pair[0], pair[1]))
+    return ", ".join(f"{count} {name}" for count, name in counts)
