@@ -10,10 +10,12 @@ better than both that and equal weights (tools/LOG.md).
                                those of head and embedding) NAME/tokens float32 [tokens]: |dL/dy_t|^2, and NAME/rows float32
                                [rows]: sum_t (dL/dy_tr)^2
     hessians/N.safetensors     H of the N-th group of matrices with the same input
+    hessians/N.json            predicted loss of each of them at each width (predict_loss.py)
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,11 +27,12 @@ from safetensors.torch import save_file
 from .collect_hessians import collect_hessians, group_by_input, split_by_memory
 from .errors import TacqError
 from .load_model import LinkedTensor, LoadedModel
+from .predict_loss import predict_losses
 from .reporting import Reporter
 from .write_gguf import written_atomically
 
 # Hessians held at once; more matrices than fit take further passes over the calibration texts.
-HESSIAN_BYTES = 4e9
+HESSIAN_BYTES = 6e9
 EMBEDDING_OUTPUT = "embedding"  # under this name the statistics of what the embedding puts out
 
 
@@ -45,11 +48,6 @@ class Calibration:
         """float32 [rows, columns]: the gradient sum of a matrix."""
         return _read(self.folder / "gradients.safetensors", name)
 
-    def has_gradient(self, name: str) -> bool:
-        """False for a head, whose weights are not kept."""
-        with safe_open(self.folder / "gradients.safetensors", "pt") as file:
-            return name in file.keys()
-
     def row_energy(self, name: str) -> torch.Tensor:
         """float32 [rows]: sum over tokens of the squared loss gradient at each output; L is the sum of a text's token losses."""
         return _read(self.folder / "gradients.safetensors", f"{name}/rows")
@@ -57,6 +55,17 @@ class Calibration:
     def hessian(self, group: int) -> torch.Tensor:
         """float32 [columns, columns]: sum over tokens of w_t x_t x_t^T, the mean of w_t being 1."""
         return _read(self.folder / "hessians" / f"{group}.safetensors", "hessian")
+
+    def losses_file(self, group: int) -> Path:
+        return self.folder / "hessians" / f"{group}.json"
+
+    def losses(self) -> dict[str, dict[int, float]]:
+        """{name: {bits: predicted loss in nats a token}} of all matrices, nothing kept."""
+        found = {}
+        for k in range(len(self.groups)):
+            for name, loss in json.loads(self.losses_file(k).read_text()).items():
+                found[name] = {int(bits): value for bits, value in loss.items()}
+        return found
 
 
 def _read(path: Path, key: str) -> torch.Tensor:
@@ -82,19 +91,25 @@ def calibrate(
             save_file({name: tensor.cpu().contiguous() for name, tensor in found.items()}, partial)
         del found
     groups = group_by_input(loaded.model, [*loaded.linear, head], texts[0])
-    missing = [i for i in range(len(groups)) if not (folder / "hessians" / f"{i}.safetensors").is_file()]
-    parts = split_by_memory([groups[i] for i in missing], HESSIAN_BYTES)
+    calibration = Calibration(folder, groups, sum(map(len, texts)))
+    missing = [k for k in range(len(groups)) if not calibration.losses_file(k).is_file()]
+    parts = split_by_memory([groups[k] for k in missing], HESSIAN_BYTES / 2)
     done = 0
-    for k, part in enumerate(parts):
-        what = "Hessians" if len(parts) == 1 else f"Hessians {k + 1}/{len(parts)}"
-        weights = [token_weights([_read(gradients, f"{t.name}/tokens") for t in group]) if weighted else None for group in part]
+    for i, part in enumerate(parts):
+        what = "Hessians" if len(parts) == 1 else f"Hessians {i + 1}/{len(parts)}"
+        squared = [[_read(gradients, f"{t.name}/tokens") for t in group] for group in part]
+        weights = [token_weights([s.sqrt() for s in group]) if weighted else None for group in squared]
         with torch.autocast(loaded.model.device.type, torch.bfloat16, enabled=bf16):
-            hessians = collect_hessians(loaded.model, part, texts, weights, reporter, what)
-        for hessian in hessians:
-            with written_atomically(folder / "hessians" / f"{missing[done]}.safetensors") as partial:
+            both = collect_hessians(loaded.model, part * 2, texts, weights + [token_weights(s) for s in squared], reporter, what)
+        for k, (group, hessian, fisher) in enumerate(zip(part, both[: len(part)], both[len(part) :], strict=True), done):
+            with written_atomically(folder / "hessians" / f"{missing[k]}.safetensors") as partial:
                 save_file({"hessian": hessian.cpu()}, partial)
-            done += 1
-    return Calibration(folder, groups, sum(map(len, texts)))
+            losses = {t.name: predict_losses(t, hessian.cpu(), fisher.cpu(), calibration.row_energy(t.name), calibration.n_tokens) for t in group}
+            with written_atomically(calibration.losses_file(missing[k])) as partial:
+                partial.write_text(json.dumps(losses))
+            reporter.progress(k - done + 1, len(part), f"predicting losses {i + 1}/{len(parts)}")
+        done += len(part)
+    return calibration
 
 
 def disk_bytes(loaded: LoadedModel, head: LinkedTensor, folder: Path) -> float:
@@ -104,10 +119,9 @@ def disk_bytes(loaded: LoadedModel, head: LinkedTensor, folder: Path) -> float:
     return max(4.0 * loaded.n_linear + hessians - have, 0.0)
 
 
-def token_weights(squared: Sequence[torch.Tensor]) -> torch.Tensor:
-    """float32 [tokens], mean 1: how much each token counts for matrices with the same input, from |dL/dy_t|^2 of each."""
-    roots = [s.sqrt() for s in squared]
-    return sum(r / r.mean().clamp_min(1e-30) for r in roots) / len(roots)
+def token_weights(of_each: Sequence[torch.Tensor]) -> torch.Tensor:
+    """float32 [tokens], mean 1: how much each token counts for matrices with the same input, from what it counts for each."""
+    return sum(w / w.mean().clamp_min(1e-30) for w in of_each) / len(of_each)
 
 
 def accumulate_gradients(

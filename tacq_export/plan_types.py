@@ -7,13 +7,13 @@ from collections.abc import Callable
 import torch
 
 from .allocate_bits import Option, allocate, least_bytes
-from .calibrate import Calibration
-from .config import BASE_TYPES, DEFAULT_EMBEDDING_TYPE, ExportConfig, parse_size
+from .calibrate import EMBEDDING_OUTPUT, Calibration
+from .config import DEFAULT_EMBEDDING_TYPE, ExportConfig, parse_size
 from .errors import TacqError
 from .load_model import LinkedTensor, LoadedModel
-from .predict_loss import BITS, embedding_loss, options_for, predict_losses
+from .predict_loss import BITS, embedding_loss, kept_shares, options_for
 from .reporting import Reporter
-from .score_weights import score_rows, score_weights
+from .score_weights import saliency, score_weights
 from .select_weights import MOST_COLUMNS, TensorSelection, global_top, keep_for_target, select_weights
 from .sparse_section import capacity
 from .tensor_types import TYPES_BY_NAME, TensorType
@@ -99,10 +99,11 @@ def allocate_types(
     fixed: dict[str, str], config: ExportConfig, reporter: Reporter,
 ) -> dict[str, TensorType]:  # fmt: skip
     """{GGUF name: our type} of every tensor that is not fixed, of least predicted loss within the target. Raises TacqError if the smallest types exceed it."""
-    rows_score = lambda tensor, rows, error: score_rows(config.score, tensor, rows, calibration.gradient(tensor.name)[rows], error, config.seed)  # noqa: E731
-    free = {t.name for t in linear} | {t.name for t in (loaded.embedding, head) if t.name not in fixed}
-    predicted = predict_losses(calibration, free, rows_score, config.damping, reporter)
-    options = {t.name: options_for(t, predicted[t.name]) for t in linear}
+    losses, options = calibration.losses(), {}
+    for tensor in reporter.track(linear, "predicting what kept weights save"):
+        gradient = calibration.gradient(tensor.name)
+        of_rows = lambda rows, error: saliency(config.score, tensor.name, tensor.weight.cpu()[rows], gradient[rows], error, config.seed)  # noqa: E731,B023
+        options[tensor.name] = options_for(tensor, losses[tensor.name], kept_shares(tensor, gradient, of_rows))
     if config.target_size is None:
         every = {t.name: t for t in loaded.linear}
         budget = int(config.bpw_limit * loaded.n_linear / 8)
@@ -111,15 +112,13 @@ def allocate_types(
         unit = lambda n: f"{8 * n / loaded.n_linear:.3f} bits per weight"  # noqa: E731
     else:
         if head.name not in fixed:
-            options[head.name] = options_for(head, predicted[head.name])
+            options[head.name] = options_for(head, losses[head.name], {})
         if loaded.embedding.name not in fixed:
-            losses = {bits: embedding_loss(loaded.embedding, calibration, texts, bits) for bits in BITS}
-            both = options.get(loaded.embedding.name)  # tied: the same matrix makes the logits
-            shape = loaded.embedding.shape
-            options[loaded.embedding.name] = [
-                Option(t, t.nbytes(shape[0] * shape[1]), losses[t.bits] + (both[i].loss if both else 0.0))
-                for i, t in enumerate(TYPES_BY_NAME[name.upper()] for name in BASE_TYPES)
-            ]
+            energy = calibration.row_energy(EMBEDDING_OUTPUT)
+            loss = {bits: embedding_loss(loaded.embedding, energy, texts, bits) for bits in BITS}
+            if loaded.head is None:  # the same matrix makes the logits
+                loss = {bits: loss[bits] + losses[head.name][bits] for bits in BITS}
+            options[loaded.embedding.name] = options_for(loaded.embedding, loss, {})
         budget = parse_size(config.target_size)
         spent = _bytes_of_the_rest(loaded, options, fixed)
         align = int(loaded.reference.alignment)

@@ -72,10 +72,3 @@ def score_weights(
         if not torch.isfinite(scores[tensor.name]).all():
             raise TacqError(f"tensor '{tensor.name}': the score '{score}' is not finite; a gradient overflowed, check the model and the task.")
     return scores
-
-
-def score_rows(
-    score: str, tensor: LinkedTensor, rows: torch.Tensor, gradient: torch.Tensor, error: torch.Tensor, seed: int
-) -> torch.Tensor:
-    """`saliency` of some rows of a matrix; gradient and error are those of the rows."""
-    return saliency(score, tensor.name, tensor.weight.cpu()[rows], gradient, error, seed)
