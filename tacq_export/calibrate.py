@@ -109,6 +109,7 @@ def calibrate(
                 partial.write_text(json.dumps(losses))
             reporter.progress(k - done + 1, len(part), f"predicting losses {i + 1}/{len(parts)}")
         done += len(part)
+        del both, hessian, fisher  # the next part needs the memory
     return calibration
 
 

@@ -92,6 +92,7 @@ def export_parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument("--target-bpw", type=float, metavar="B", help=f"bits per weight of the linear matrices, scales and indices counted, not to be exceeded: each matrix gets the type of least predicted loss (default {DEFAULT_BPW})")
     parser.add_argument("--target-size", metavar="S", help="the same for the whole file, embedding and head included: 350M, 1.2G (thousands), 512MiB, or bytes")
     parser.add_argument("--base-type", metavar="T", help=f"one width for all matrices instead, --target-bpw filled up with kept weights: {', '.join(BASE_TYPES)}")
+    parser.add_argument("--no-kept", action="store_false", dest="keep_weights", help="keep no weights at 16 bits: base types only")
     parser.add_argument("--ratio", type=float, metavar="R", help="one width for all matrices (tacq2, or --base-type), and this share of the weights kept at 16 bits, such as 0.0035, at whatever size that takes")
     parser.add_argument("--tensor-type", action="append", default=[], metavar="REGEX=T", dest="tensor_types", help="type of the matrices whose GGUF name matches, such as 'ffn_down=tacq3' or 'blk.0.=q8_0'; may be given again, the first that matches counts")
     parser.add_argument("--token-embedding-type", metavar="T", help=f"{', '.join(EMBEDDING_TYPES)} (default {DEFAULT_EMBEDDING_TYPE}; with --target-size chosen with the others)")

@@ -75,7 +75,7 @@ def plan_types(
         given |= allocate_types(loaded, calibration, texts, head, linear, fixed, config, reporter)
     elif linear:
         scores = score(linear, lambda name: config.base.bits)
-        selection = select_weights(scores, config.base, _n_to_keep(scores, linear, config))
+        selection = select_weights(scores, config.base, _n_to_keep(scores, linear, config) if config.keep_weights else 0)
         del scores
     for tensor in loaded.linear:  # the types are decided, so each has its own top; one saliency in memory at a time
         kind = given.get(tensor.name)
@@ -101,6 +101,9 @@ def allocate_types(
     """{GGUF name: our type} of every tensor that is not fixed, of least predicted loss within the target. Raises TacqError if the smallest types exceed it."""
     losses, options = calibration.losses(), {}
     for tensor in reporter.track(linear, "predicting what kept weights save"):
+        if not config.keep_weights:
+            options[tensor.name] = options_for(tensor, losses[tensor.name], {})
+            continue
         gradient = calibration.gradient(tensor.name)
         of_rows = lambda rows, error: saliency(config.score, tensor.name, tensor.weight.cpu()[rows], gradient[rows], error, config.seed)  # noqa: E731,B023
         options[tensor.name] = options_for(tensor, losses[tensor.name], kept_shares(tensor, gradient, of_rows))

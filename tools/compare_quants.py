@@ -102,6 +102,16 @@ def configuration(args: argparse.Namespace) -> CompareConfig:
     )  # fmt: skip
 
 
+def _begun(work: Path, flag: str, value: str) -> bool:
+    """True if the exporter's work folder holds the unfinished export of that size."""
+    try:
+        options = json.loads((work / "state.json").read_text())["options"]
+    except (OSError, ValueError, KeyError):
+        return False
+    then = options.get(flag.lstrip("-").replace("-", "_"))
+    return then == value or flag == "--target-bpw" and then == str(float(value))
+
+
 def export_files(args: argparse.Namespace, config: CompareConfig) -> list[Path]:
     """Our files at the sizes asked for, made as a user would make them; those that are there are not made again."""
     wanted = [("--target-bpw", value) for value in args.target_bpw] + [("--target-size", value) for value in args.target_size]
@@ -115,8 +125,9 @@ def export_files(args: argparse.Namespace, config: CompareConfig) -> list[Path]:
             note.write_text(json.dumps(args.options))
             command = [sys.executable, "-m", "tacq_export", config.model, "--task", str(config.task), "--outfile", str(outfile), flag, value, "--n-samples", str(config.n_samples)]
             command += (["--threads", str(config.threads)] if config.threads else []) + args.options
-            if (config.workdir / (outfile.name + ".work") / "state.json").is_file() and "--workdir" not in args.options and "-w" not in args.options:
-                command.append("--resume")
+            if "--workdir" not in args.options and "-w" not in args.options:
+                shared = config.workdir / "export.work"  # all sizes calibrate once
+                command += ["--workdir", str(shared)] + (["--resume"] if _begun(shared, flag, value) else [])
             print("\n== " + " ".join(["tacq-export", *command[3:]]), file=sys.stderr, flush=True)
             if subprocess.run(command).returncode:
                 raise TacqError("the export failed, as said above; the same command goes on.")

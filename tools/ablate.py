@@ -1,0 +1,113 @@
+#!/usr/bin/env python3
+"""What each part of the method is worth: exports that differ in one option, each measured on held-out examples.
+
+    ablate.py smollm2-135m [--only scores density ...] [--data FOLDER] [--out tools/results/ablation-NAME.json]
+
+Every row is written as soon as it is measured; the same command goes on. Experiments:
+
+    scores       which weights are kept: the scores of tacq-export, at equal bytes, TACQ2 everywhere
+    density      kept weights against the same bytes spent on wider types (allocation with and without kept weights)
+    quantizer    sweeps of coordinate descent, damping, token weights
+    calibration  the task's examples against another task's and general text (needs --data), and how many
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from fetch_models import MODELS, fetch_model  # noqa: E402
+
+from tacq_export.cli import ConsoleReporter, positive  # noqa: E402
+from tacq_export.config import SCORES, ExportConfig  # noqa: E402
+from tacq_export.errors import TacqError  # noqa: E402
+from tacq_export.load_model import make_reference  # noqa: E402
+from tacq_export.load_task import gguf_tokenizer, load_task, tokenize_task  # noqa: E402
+from tacq_export.pipeline import export  # noqa: E402
+from tacq_export.verify_gguf import compare_models  # noqa: E402
+from tacq_export.write_gguf import written_atomically  # noqa: E402
+
+TOOLS = Path(__file__).resolve().parent
+DATA = TOOLS / "data"
+RATIOS = (0.0, 0.001, 0.002, 0.004, 0.008, 0.016)
+
+
+def experiments(data: Path | None) -> list[tuple[str, str, dict]]:
+    """(experiment, name of the row, options of the export that differ from the defaults)."""
+    found = [("scores", "nothing kept", {"base_type": "tacq2", "keep_weights": False})]
+    found += [("scores", score, {"base_type": "tacq2", "score": score}) for score in SCORES]
+    found += [("scores", "tacq, Q(W) by GPTQ", {"base_type": "tacq2", "reference": "gptq"})]
+    found += [("density", f"TACQ2, {100 * ratio:g} % kept", {"base_type": "tacq2", "ratio": ratio}) for ratio in RATIOS[1:]]
+    for bpw in (2.45, 2.6, 2.8, 3.0, 3.5):
+        found += [("density", f"allocated, {bpw}, {what}", {"target_bpw": bpw, "keep_weights": keep}) for what, keep in (("may keep", True), ("none kept", False))]
+    found += [("quantizer", f"{n} sweeps", {"refine_sweeps": n}) for n in (0, 1, 3, 6)]
+    found += [("quantizer", f"damping {d:g}", {"damping": d}) for d in (0.003, 0.03)]
+    found += [("quantizer", "equal token weights", {"hessian": "plain"})]
+    found += [("calibration", f"{n} examples of the task", {"n_samples": n}) for n in (32, 64)]
+    if data:
+        found += [("calibration", "Spider", {"task": data / "spider" / "calibration.jsonl"})]
+        found += [("calibration", "wikitext2, 14 windows of 2048", {"task": data / "wikitext2" / "calibration.txt", "n_samples": 14})]
+    return found
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="tools/ablate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", metavar="MODEL", help=f"{', '.join(MODELS)}, or the path of a GGUF")
+    parser.add_argument("--only", nargs="+", metavar="E", choices=["scores", "density", "quantizer", "calibration"])
+    parser.add_argument("--n-samples", type=positive, default=128, metavar="N", help="calibration examples (default 128)")
+    parser.add_argument("--n-eval", type=positive, default=24, metavar="N", help="held-out examples of each task (default 24)")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="folder with gsm8k/, spider/ and wikitext2/")
+    parser.add_argument("--name", help="of the results (default: the model's)")
+    parser.add_argument("--out", type=Path, metavar="FILE")
+    parser.add_argument("-w", "--workdir", type=Path, metavar="DIR", help="default ablate-NAME.work")
+    parser.add_argument("--threads", "-t", type=positive, metavar="N")
+    args = parser.parse_args(argv)
+    name = args.name or Path(args.model).name.removesuffix(".gguf").lower()
+    out, work = args.out or TOOLS / "results" / f"ablation-{name}.json", args.workdir or Path(f"ablate-{name}.work")
+    reporter = ConsoleReporter()
+    try:
+        model = str(fetch_model(args.model)) if args.model in MODELS else args.model
+        work.mkdir(parents=True, exist_ok=True)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        reference = work / "reference.gguf"
+        if not reference.is_file():
+            make_reference(model, reference, reporter)
+        tokenizer = gguf_tokenizer(reference)
+        held_out = {"gsm8k": args.data / "gsm8k" / "test.jsonl" if args.data else DATA / "gsm8k-test-24.jsonl"}
+        if args.data:
+            held_out["spider"] = args.data / "spider" / "eval.jsonl"
+        texts = {task: tokenize_task(load_task(path), tokenizer, args.n_eval, 2048) for task, path in held_out.items()}
+        rows = json.loads(out.read_text()) if out.is_file() else []
+        for experiment, label, options in experiments(args.data):
+            if args.only and experiment not in args.only or any((row["experiment"], row["name"]) == (experiment, label) for row in rows):
+                continue
+            print(f"\n== {experiment}: {label}", file=sys.stderr, flush=True)
+            task = options.get("task", DATA / "gsm8k-train-128.jsonl")
+            # What calibrates alike shares a work folder, and calibrates once.
+            shared = work / "-".join([task.stem, str(options.get("n_samples", args.n_samples)), options.get("hessian", "gradient"), str(options.get("score") == "fisher")])
+            plain = {"task": task, "n_samples": args.n_samples, "token_embedding_type": "f16", "output_tensor_type": "f16", "threads": args.threads}
+            outfile = work / "now.gguf"
+            started = time.monotonic()
+            result = export(ExportConfig(model=model, outfile=outfile, workdir=shared, force=True, **(plain | options)), reporter)
+            row = {"experiment": experiment, "name": label, "bpw_linear": round(result.bpw_linear, 4), "file_bytes": result.file_bytes, "kept": result.kept}
+            for held, tokens in texts.items():
+                quality = compare_models(reference, outfile, tokens, args.threads, lambda done, total: reporter.progress(done, total, "measuring"))
+                row |= {f"{held}_kl": round(quality.kl, 5), f"{held}_kl_stderr": round(quality.kl_stderr, 5), f"{held}_ppl": round(quality.ppl, 4), f"{held}_top1": round(quality.top1, 4)}
+            rows.append(row | {"seconds": round(time.monotonic() - started)})
+            with written_atomically(out) as partial:
+                partial.write_text("[" + ",\n ".join(map(json.dumps, rows)) + "]\n")
+            print(json.dumps(rows[-1]), flush=True)
+            outfile.unlink()
+    except TacqError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
