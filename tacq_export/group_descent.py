@@ -62,9 +62,13 @@ def _library() -> ctypes.CDLL:
     if not target.is_file():
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-        done = subprocess.run([*compiler.split(), *_FLAGS, "-o", str(partial), str(_SOURCE), "-lm"], capture_output=True, text=True)
-        if done.returncode:
-            lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines() or ["no output"]
+        try:
+            done = subprocess.run([*compiler.split(), *_FLAGS, "-o", str(partial), str(_SOURCE), "-lm"], capture_output=True, text=True)
+            said = done.stderr.splitlines()
+            lines = ([line for line in said if "error" in line] or said or ["no output"]) if done.returncode else []
+        except OSError as error:  # what CC names is not there
+            lines = [error.strerror]
+        if lines:
             raise TacqError(f"{compiler} could not compile {_SOURCE.name} ({lines[0].strip()}); set CC to another C compiler.")
         os.replace(partial, target)
     library = ctypes.CDLL(str(target))

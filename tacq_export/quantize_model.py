@@ -122,12 +122,11 @@ def rounding_error(tensor: LinkedTensor, bits: int) -> torch.Tensor:
     return weight - dequantize_groups(bits, *round_to_nearest(bits, weight))
 
 
-def gptq_error(bits_of: Callable[[str], int], calibration: Calibration, names: set[str], damping: float, reporter: Reporter) -> dict[str, torch.Tensor]:
+def gptq_error(bits: int, calibration: Calibration, names: set[str], damping: float, reporter: Reporter) -> dict[str, torch.Tensor]:
     """{name: W - Q(W)} by GPTQ without kept weights, held as F16."""
     errors: dict[str, torch.Tensor] = {}
 
     def visit(tensor: LinkedTensor, hessian: torch.Tensor, upper: torch.Tensor) -> None:
-        bits = bits_of(tensor.name)
         result = quantize_gptq(bits, tensor.weight, hessian, None, damping, tensor.name, upper)
         errors[tensor.name] = (tensor.weight.cpu() - dequantize_groups(bits, result.codes, result.scale_bytes)).half()
 

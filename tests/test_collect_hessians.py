@@ -1,4 +1,4 @@
-"""Hessians against X^T X in float64, with the inputs caught by a hook of the test's own."""
+"""Hessians against weighted sums of outer products in float64, with the inputs caught by a hook of the test's own."""
 
 from __future__ import annotations
 
@@ -26,16 +26,19 @@ def tensors(model) -> list[LinkedTensor]:
     return sorted(found, key=lambda t: t.name[::-1])
 
 
+def some_weights(seed: int) -> torch.Tensor:
+    """One for each token of all texts, over two decades."""
+    return 10 ** (2 * torch.rand(sum(map(len, TEXTS)), generator=torch.Generator().manual_seed(seed)) - 1)
+
+
 @pytest.fixture(scope="module")
-def expected(model, tensors) -> dict[str, np.ndarray]:
-    """{module: sum over tokens of x^T x}, float64."""
-    sums = {t.name: np.zeros((t.shape[1], t.shape[1])) for t in tensors}
+def inputs(model, tensors) -> dict[str, np.ndarray]:
+    """{module: what goes into it, float64 [tokens of all texts, columns]}."""
+    caught: dict[str, list] = {t.name: [] for t in tensors}
 
     def hook(name):
         def add(module, args, output):
-            x = args[0].detach().double().numpy().reshape(-1, args[0].shape[-1])
-            for token in x:
-                sums[name][:] += np.outer(token, token)
+            caught[name].append(args[0].detach().double().numpy().reshape(-1, args[0].shape[-1]))
 
         return add
 
@@ -45,7 +48,20 @@ def expected(model, tensors) -> dict[str, np.ndarray]:
             model(input_ids=torch.tensor([text]))
     for handle in handles:
         handle.remove()
-    return sums
+    return {name: np.concatenate(parts) for name, parts in caught.items()}
+
+
+@pytest.fixture(scope="module")
+def expected(inputs) -> dict[str, np.ndarray]:
+    """{module: sum over tokens of x^T x}, float64."""
+    return {name: weighted_sum(x, np.ones(len(x))) for name, x in inputs.items()}
+
+
+def weighted_sum(x: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    total = np.zeros((x.shape[1], x.shape[1]))
+    for token, weight in zip(x, weights, strict=True):
+        total += weight * np.outer(token, token)
+    return total
 
 
 def short(group: list[LinkedTensor]) -> tuple[str, ...]:
@@ -67,10 +83,41 @@ def close(found: torch.Tensor, expected: np.ndarray) -> None:
 
 def test_hessians_are_sums_of_outer_products_of_the_inputs(model, tensors, expected):
     groups = group_by_input(model, tensors, TEXTS[0])
-    for group, hessian in zip(groups, collect_hessians(model, groups, TEXTS, Reporter(), "Hessians"), strict=True):
+    for group, hessian in zip(groups, collect_hessians(model, groups, TEXTS, [None] * len(groups), Reporter(), "Hessians"), strict=True):
         for tensor in group:
             close(hessian, expected[tensor.name])
     assert not any(t.module._forward_pre_hooks for t in tensors)
+
+
+def test_every_token_counts_by_its_weight_in_each_group(model, tensors, inputs):
+    """Texts of 9, 4 and 39 tokens: a weight that belongs to another token, or another group, gives another matrix."""
+    groups = group_by_input(model, tensors, TEXTS[0])
+    weights = [None if i == 2 else some_weights(i) for i in range(len(groups))]
+    for group, weight, hessian in zip(groups, weights, collect_hessians(model, groups, TEXTS, weights, Reporter(), "Hessians"), strict=True):
+        x = inputs[group[0].name]
+        close(hessian, weighted_sum(x, np.ones(len(x)) if weight is None else weight.double().numpy()))
+
+
+def test_the_same_group_may_be_asked_for_twice_with_other_weights(model, tensors, inputs):
+    groups = group_by_input(model, tensors, TEXTS[0])[:3]
+    weights = [some_weights(i) for i in range(6)]
+    for group, weight, hessian in zip(groups * 2, weights, collect_hessians(model, groups * 2, TEXTS, weights, Reporter(), "Hessians"), strict=True):
+        close(hessian, weighted_sum(inputs[group[0].name], weight.double().numpy()))
+
+
+def test_bfloat16_products_change_the_inputs_but_not_the_sums(model, tensors, inputs):
+    """The first matrices get float32 inputs whatever the products are: their sum must be as exact as ever. Later inputs have
+    8 bits of precision: within 5 %, and not the same."""
+    groups = group_by_input(model, tensors, TEXTS[0])
+    weights = [some_weights(i) for i in range(len(groups))]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = collect_hessians(model, groups, TEXTS, weights, Reporter(), "Hessians")
+    exact = [weighted_sum(inputs[g[0].name], w.double().numpy()) for g, w in zip(groups, weights, strict=True)]
+    assert all(h.dtype == torch.float32 for h in found)
+    close(found[0], exact[0])
+    for hessian, whole in zip(found[1:], exact[1:], strict=True):
+        difference = np.linalg.norm(hessian.double().numpy() - whole) / np.linalg.norm(whole)
+        assert 1e-5 < difference < 0.05
 
 
 def test_split_by_memory_gives_the_same(model, tensors, expected):
@@ -78,7 +125,7 @@ def test_split_by_memory_gives_the_same(model, tensors, expected):
     parts = split_by_memory(groups, 3 * 4 * 64**2)
     assert [g for part in parts for g in part] == groups and len(parts) > 2
     for part in parts:
-        for group, hessian in zip(part, collect_hessians(model, part, TEXTS, Reporter(), "Hessians"), strict=True):
+        for group, hessian in zip(part, collect_hessians(model, part, TEXTS, [None] * len(part), Reporter(), "Hessians"), strict=True):
             close(hessian, expected[group[0].name])
 
 
@@ -100,7 +147,7 @@ def test_a_pass_stops_after_the_last_group(model, tensors):
     groups = group_by_input(model, tensors, TEXTS[0])[:2]
     ran = []
     handle = model.model.layers[1].register_forward_pre_hook(lambda *_: ran.append(1))
-    collect_hessians(model, groups, TEXTS, Reporter(), "Hessians")
+    collect_hessians(model, groups, TEXTS, [None] * len(groups), Reporter(), "Hessians")
     handle.remove()
     assert ran == []
 
@@ -108,5 +155,5 @@ def test_a_pass_stops_after_the_last_group(model, tensors):
 def test_hooks_are_removed_when_the_model_fails(model, tensors):
     groups = group_by_input(model, tensors, TEXTS[0])
     with pytest.raises(IndexError):
-        collect_hessians(model, groups, [[1, 10**6]], Reporter(), "Hessians")
+        collect_hessians(model, groups, [[1, 10**6]], [None] * len(groups), Reporter(), "Hessians")
     assert not any(t.module._forward_pre_hooks for t in tensors)

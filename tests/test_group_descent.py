@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -261,9 +262,7 @@ def test_the_compiler_may_have_arguments(cache, monkeypatch):
 
 def test_the_source_is_installed_with_the_package():
     """setuptools leaves out what pyproject.toml does not name."""
-    import tomllib
-    from pathlib import Path
-
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.11 has it")
     settings = tomllib.loads((Path(__file__).resolve().parent.parent / "pyproject.toml").read_text())
     patterns = settings["tool"]["setuptools"]["package-data"].get("tacq_export", [])
     assert any(group_descent._SOURCE.match(pattern) for pattern in patterns)

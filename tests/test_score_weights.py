@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from tacq_export.block_codec import dequantize_blocks
+from tacq_export.calibrate import accumulate_gradients
 from tacq_export.config import SCORES
 from tacq_export.errors import TacqError
 from tacq_export.fit_groups import round_to_nearest
 from tacq_export.load_model import LinkedTensor
 from tacq_export.quantize_model import rounding_error
 from tacq_export.reporting import Reporter
-from tacq_export.score_weights import accumulate_gradients, score_weights
+from tacq_export.score_weights import NEEDS_GRADIENT, NEEDS_REFERENCE, score_weights
 from tiny_hf import VOCAB, tiny_model
 
 TEXTS = [[1, 5, 9, 20, 33, 270, 4], [1, 300, 12, 5, 5, 91], [1, 44]]
@@ -50,6 +51,18 @@ def gradients(model) -> dict[str, list[torch.Tensor]]:
     return found
 
 
+def sums(model, power: int):
+    """name -> the gradient sum of a matrix, as a calibration has it."""
+    return accumulate_gradients(model, {t.name: t.module for t in matrices(model)}, TEXTS, power, Reporter()).__getitem__
+
+
+@pytest.fixture(scope="module")
+def sums_of(model) -> dict[str, object]:
+    """{score: its `gradient` argument}"""
+    one, two = sums(model, 1), sums(model, 2)
+    return {score: two if score == "fisher" else one for score in SCORES}
+
+
 FORMULAS = {
     "tacq": lambda g, w, e: sum(x.abs() for x in g) * e.abs() * w.abs(),
     "tacq-no-magnitude": lambda g, w, e: sum(x.abs() for x in g) * e.abs(),
@@ -65,9 +78,9 @@ def test_every_score_has_a_formula_here():
 
 
 @pytest.mark.parametrize("score", FORMULAS)
-def test_scores_are_their_formulas(model, gradients, score):
+def test_scores_are_their_formulas(model, gradients, sums_of, score):
     """float32 gradients of two layers agree with float64 to 1e-4 of the largest in a matrix (measured 1e-6 to 1e-5)."""
-    scores = score_weights(score, model, matrices(model), TEXTS, reference_error, 0, Reporter())
+    scores = score_weights(score, matrices(model), sums_of[score], reference_error, 0, Reporter())
     assert set(scores) == {t.name for t in matrices(model)}
     for tensor in matrices(model):
         error = reference_error(tensor).double()
@@ -84,10 +97,26 @@ def test_sums_are_over_examples_and_not_over_their_mean(model, gradients):
     assert (sum(g.abs() for g in gradients[name]) - added).abs().max() > 0.1 * added.max()
 
 
+def refuse(*_):
+    raise AssertionError("not needed")
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_only_what_a_formula_has_is_asked_for(model, sums_of, score):
+    """A reference quantization takes long, and so does reading gradients."""
+    asked = {"gradient": [], "error": []}
+    gradient = lambda name: (asked["gradient"].append(name), sums_of[score](name))[1]  # noqa: E731
+    error = lambda tensor: (asked["error"].append(tensor.name), reference_error(tensor))[1]  # noqa: E731
+    score_weights(score, matrices(model), gradient, error, 0, Reporter())
+    names = [t.name for t in matrices(model)]
+    assert asked["gradient"] == (names if score not in ("random", "magnitude") else []) and (score in NEEDS_GRADIENT) == bool(asked["gradient"])
+    assert asked["error"] == (names if score in ("tacq", "tacq-no-magnitude", "fisher") else []) and (score in NEEDS_REFERENCE) == bool(asked["error"])
+
+
 def test_the_random_score_depends_on_seed_and_name_only(model):
-    first = score_weights("random", model, matrices(model), TEXTS, reference_error, 3, Reporter())
-    reordered = score_weights("random", model, matrices(model)[::-1], [], reference_error, 3, Reporter())
-    other = score_weights("random", model, matrices(model), TEXTS, reference_error, 4, Reporter())
+    first = score_weights("random", matrices(model), refuse, refuse, 3, Reporter())
+    reordered = score_weights("random", matrices(model)[::-1], refuse, refuse, 3, Reporter())
+    other = score_weights("random", matrices(model), refuse, refuse, 4, Reporter())
     names = list(first)
     for name in names:
         assert torch.equal(first[name], reordered[name]) and not torch.equal(first[name], other[name])
@@ -96,56 +125,10 @@ def test_the_random_score_depends_on_seed_and_name_only(model):
     assert not torch.equal(first[same_shape[0]], first[same_shape[1]])
 
 
-def assert_restored(model):
-    for name, parameter in model.named_parameters():
-        assert parameter.grad is None and not parameter.requires_grad, name
-        assert not parameter._post_accumulate_grad_hooks, name
-
-
-@pytest.mark.parametrize("score", ["tacq", "fisher", "gradient"])
-def test_the_model_is_left_as_it_was(model, score):
-    before = {name: p.clone() for name, p in model.named_parameters()}
-    score_weights(score, model, matrices(model), TEXTS, reference_error, 0, Reporter())
-    assert_restored(model)
-    assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
-
-
-def test_a_second_run_gives_the_same_bits(model):
-    first, second = (score_weights("tacq", model, matrices(model), TEXTS, reference_error, 0, Reporter()) for _ in range(2))
-    assert all(torch.equal(first[name], second[name]) for name in first)
-
-
-def test_gradient_memory_is_one_matrix(model, monkeypatch):
-    """Whenever the hook of one matrix runs, no other has a gradient."""
-    tensors = matrices(model)
-    held = []
-    original = torch.Tensor.register_post_accumulate_grad_hook
-
-    def register(parameter, hook):
-        def watched(p):
-            hook(p)
-            held.append(sum(t.module.weight.grad is not None for t in tensors))
-
-        return original(parameter, watched)
-
-    monkeypatch.setattr(torch.nn.Parameter, "register_post_accumulate_grad_hook", register)
-    accumulate_gradients(model, {t.name: t.module for t in tensors}, TEXTS[:1], 1, Reporter())
-    assert held == [0] * len(tensors)
-
-
-def test_a_loss_that_is_no_number_is_refused_and_the_model_restored(model):
-    broken = copy.deepcopy(model)
-    with torch.no_grad():
-        broken.get_output_embeddings().weight[:] = float("inf")
-    with pytest.raises(TacqError, match="The loss of example 1 is nan; the model or that example is damaged."):
-        score_weights("tacq", broken, matrices(broken), TEXTS, reference_error, 0, Reporter())
-    assert_restored(broken)
-
-
-def test_a_score_that_is_not_finite_is_refused_by_name(model):
+def test_a_score_that_is_not_finite_is_refused_by_name(model, sums_of):
     tensors = matrices(model)
     with pytest.raises(TacqError, match=f"tensor '{tensors[0].name}': the score 'tacq' is not finite"):
-        score_weights("tacq", model, tensors, TEXTS, lambda t: torch.full_like(t.weight, float("inf")), 0, Reporter())
+        score_weights("tacq", tensors, sums_of["tacq"], lambda t: torch.full_like(t.weight, float("inf")), 0, Reporter())
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
@@ -153,7 +136,7 @@ def test_the_rounding_reference_is_the_weight_less_its_decoded_codes(model, bits
     for tensor in matrices(model)[:2]:
         codes, scale_bytes = (x.numpy() for x in round_to_nearest(bits, tensor.weight))
         expected = tensor.weight.numpy() - dequantize_blocks(bits, codes, scale_bytes)
-        assert np.array_equal(rounding_error(bits)(tensor).numpy(), expected)
+        assert np.array_equal(rounding_error(tensor, bits).numpy(), expected)
 
 
 def test_tokens_are_within_the_vocabulary():

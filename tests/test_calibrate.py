@@ -1,0 +1,305 @@
+"""Gradients and their statistics against plain autograd in float64, and a calibration on disk that is never made twice."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from tacq_export import calibrate as module
+from tacq_export.calibrate import EMBEDDING_OUTPUT, Calibration, accumulate_gradients, calibrate, disk_bytes, token_weights
+from tacq_export.errors import TacqError
+from tacq_export.load_model import LinkedTensor
+from tacq_export.predict_loss import predict_losses
+from tacq_export.quantize_model import head_tensor
+from tacq_export.reporting import Reporter
+from tiny_hf import tiny_model
+
+TEXTS = [[1, 5, 9, 20, 33, 270, 4], [1, 300, 12, 5, 5, 91], [1, 44]]  # of different lengths
+HEAD = "head"
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen2", "gemma3"])  # a head of its own, and two that are the embedding
+def model(request):
+    return tiny_model(request.param).requires_grad_(False)
+
+
+def matrices(model) -> dict[str, torch.nn.Module]:
+    return {f"gguf.{name}": m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "layers" in name}
+
+
+def ends(model) -> dict[str, torch.nn.Module]:
+    return {HEAD: model.get_output_embeddings(), EMBEDDING_OUTPUT: model.get_input_embeddings()}
+
+
+@pytest.fixture(scope="module")
+def by_autograd(model) -> dict[str, dict[str, list[torch.Tensor]]]:
+    """{"weights": {name: dL/dW of each text}, "outputs": {name: dL/dy [tokens, rows] of each text}}, float64, from a copy in
+    which everything has gradients. L is a text's mean loss for the weights, and the sum of its losses for the outputs."""
+    double = copy.deepcopy(model).double().requires_grad_(True)
+    names = matrices(double) | ends(double)
+    found = {"weights": {name: [] for name in matrices(double)}, "outputs": {name: [] for name in names}}
+    for text in TEXTS:
+        double.zero_grad(set_to_none=True)
+        caught = {}
+        handles = [m.register_forward_hook(lambda m, a, output, name=name: (output.retain_grad(), caught.update({name: output}))[0]) for name, m in names.items()]
+        logits = double(input_ids=torch.tensor([text])).logits[0]
+        losses = [-torch.log_softmax(logits[i], -1)[text[i + 1]] for i in range(len(text) - 1)]
+        sum(losses).backward()
+        for handle in handles:
+            handle.remove()
+        for name, gradients in found["weights"].items():
+            gradients.append(names[name].weight.grad.clone() / len(losses))
+        for name, gradients in found["outputs"].items():
+            gradients.append(caught[name].grad[0].clone())
+    return found
+
+
+def close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """float32 through two layers: 1e-4 of the largest in a tensor (measured 1e-6 to 1e-5)."""
+    assert found.dtype == torch.float32 and found.shape == expected.shape and float(expected.abs().max()) > 0
+    np.testing.assert_allclose(found.double().numpy(), expected.numpy(), rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("power", [1, 2])
+def test_gradients_and_statistics_are_those_of_autograd(model, by_autograd, power):
+    found = accumulate_gradients(model, matrices(model), TEXTS, power, Reporter(), ends(model))
+    outputs = by_autograd["outputs"]
+    assert set(found) == {*matrices(model), *(f"{name}/{kind}" for name in outputs for kind in ("tokens", "rows"))}
+    for name, gradients in by_autograd["weights"].items():
+        close(found[name], sum(g.abs() ** power for g in gradients))
+    for name, gradients in outputs.items():
+        close(found[f"{name}/tokens"], torch.cat([g.square().sum(1) for g in gradients]))
+        close(found[f"{name}/rows"], sum(g.square().sum(0) for g in gradients))
+    assert len(found[f"{HEAD}/tokens"]) == sum(map(len, TEXTS)), "one for each token, the last of a text among them"
+
+
+def test_the_sum_over_examples_is_not_that_of_their_mean(model, by_autograd):
+    """|g_1| + |g_2| is not |g_1 + g_2|, and a sum of losses is not a mean: the differences must be visible in these tests."""
+    gradients = next(iter(by_autograd["weights"].values()))
+    added = sum(gradients).abs()
+    assert (sum(g.abs() for g in gradients) - added).abs().max() > 0.1 * added.max()
+    assert len({len(text) for text in TEXTS}) == 3
+
+
+def assert_restored(model):
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is None and not parameter.requires_grad, name
+        assert not parameter._post_accumulate_grad_hooks, name
+    for name, m in model.named_modules():
+        assert not m._forward_hooks and not m._forward_pre_hooks, name
+
+
+def test_the_model_is_left_as_it_was_and_a_second_run_gives_the_same_bits(model):
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    first, second = (accumulate_gradients(model, matrices(model), TEXTS, 1, Reporter(), ends(model)) for _ in range(2))
+    assert_restored(model)
+    assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_gradient_memory_is_one_matrix(model, monkeypatch):
+    """Whenever the hook of one matrix has run, no other has a gradient."""
+    held, original = [], torch.Tensor.register_post_accumulate_grad_hook
+
+    def register(parameter, hook):
+        def watched(p):
+            hook(p)
+            held.append(sum(m.weight.grad is not None for m in matrices(model).values()))
+
+        return original(parameter, watched)
+
+    monkeypatch.setattr(torch.nn.Parameter, "register_post_accumulate_grad_hook", register)
+    accumulate_gradients(model, matrices(model), TEXTS[:1], 1, Reporter())
+    assert held == [0] * len(matrices(model))
+
+
+def test_a_loss_that_is_no_number_is_refused_and_the_model_restored(model):
+    broken = copy.deepcopy(model)
+    with torch.no_grad():
+        broken.get_output_embeddings().weight[:] = float("inf")
+    with pytest.raises(TacqError, match="The loss of example 1 is nan; the model or that example is damaged."):
+        accumulate_gradients(broken, matrices(broken), TEXTS, 1, Reporter(), ends(broken))
+    assert_restored(broken)
+
+
+def test_bfloat16_products_give_nearly_the_same(model, by_autograd):
+    """8 bits of precision: within 10 % of the whole, and not equal. What is summed is float32."""
+    found = accumulate_gradients(model, matrices(model), TEXTS, 1, Reporter(), ends(model), bf16=True)
+    for name, gradients in by_autograd["weights"].items():
+        expected = sum(g.abs() for g in gradients)
+        assert found[name].dtype == torch.float32
+        assert 1e-4 < float((found[name] - expected).norm() / expected.norm()) < 0.1
+    for name, gradients in by_autograd["outputs"].items():
+        expected = sum(g.square().sum(0) for g in gradients)
+        assert found[f"{name}/rows"].dtype == torch.float32 and float((found[f"{name}/rows"] - expected).norm() / expected.norm()) < 0.1
+
+
+def test_token_weights_are_the_mean_of_shares_of_the_mean():
+    first, second = torch.tensor([1.0, 2.0, 3.0, 6.0]), torch.tensor([800.0, 0.0, 0.0, 0.0])
+    found = token_weights([first, second])
+    np.testing.assert_allclose(found.numpy(), [(1 / 3 + 4) / 2, 1 / 3, 0.5, 1.0], rtol=1e-6)
+    assert float(found.mean()) == pytest.approx(1.0, rel=1e-6)
+    np.testing.assert_allclose(token_weights([1e-4 * first]).numpy(), token_weights([first]).numpy(), rtol=1e-6)
+    assert torch.equal(token_weights([torch.zeros(3)]), torch.zeros(3)), "no division by 0"
+
+
+def linked(load_tiny, architecture):
+    loaded = load_tiny(architecture)
+    return loaded, head_tensor(loaded)
+
+
+def run(loaded, head, folder, **options) -> Calibration:
+    options = {"power": 1, "weighted": True, "bf16": False} | options
+    return calibrate(loaded, head, TEXTS, options["power"], options["weighted"], options["bf16"], folder, Reporter())
+
+
+def inputs_of(model, tensor: LinkedTensor) -> np.ndarray:
+    """float64 [tokens of all texts, columns]"""
+    caught = []
+    handle = tensor.module.register_forward_hook(lambda m, args, output: caught.append(args[0][0].double().numpy()))
+    with torch.no_grad():
+        for text in TEXTS:
+            model(input_ids=torch.tensor([text]))
+    handle.remove()
+    return np.concatenate(caught)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma3"])
+@pytest.mark.parametrize("weighted", [True, False])
+def test_what_lies_on_disk_is_what_the_formulas_say(load_tiny, tmp_path, architecture, weighted):
+    """H = sum_t w_t x_t x_t^T, w_t the mean over the group's matrices of |dL/dy_t| as a share of its mean, or 1; the losses are
+    those of predict_loss.py with F, where |dL/dy_t|^2 counts."""
+    loaded, head = linked(load_tiny, architecture)
+    found = run(loaded, head, tmp_path, weighted=weighted)
+    statistics = accumulate_gradients(loaded.model, {t.name: t.module for t in loaded.linear}, TEXTS, 1, Reporter(), {head.name: head.module, EMBEDDING_OUTPUT: loaded.embedding.module})
+    assert found.n_tokens == sum(map(len, TEXTS))
+    assert sorted(t.name for g in found.groups for t in g) == sorted(t.name for t in [*loaded.linear, head])
+    losses = found.losses()
+    assert set(losses) == {t.name for t in [*loaded.linear, head]}
+    for tensor in loaded.linear:
+        assert torch.equal(found.gradient(tensor.name), statistics[tensor.name])
+        assert torch.equal(found.row_energy(tensor.name), statistics[f"{tensor.name}/rows"])
+    assert torch.equal(found.row_energy(EMBEDDING_OUTPUT), statistics[f"{EMBEDDING_OUTPUT}/rows"])
+    for k, group in enumerate(found.groups):
+        x = inputs_of(loaded.model, group[0])
+        squared = [statistics[f"{t.name}/tokens"].double().numpy() for t in group]
+        roots, squares = (np.mean([s**power / np.mean(s**power) for s in squared], axis=0) for power in (0.5, 1))
+        weights = roots if weighted else np.ones(len(x))
+        expected, fisher = (np.einsum("t,ti,tj->ij", w, x, x) for w in (weights, squares))
+        hessian = found.hessian(k)
+        np.testing.assert_allclose(hessian.double().numpy(), expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
+        for tensor in group:
+            again = predict_losses(tensor, hessian, torch.from_numpy(fisher).float(), found.row_energy(tensor.name), found.n_tokens)
+            assert losses[tensor.name] == pytest.approx(again, rel=1e-3)
+
+
+def files(folder) -> dict:
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def refuse(*_, **__):
+    raise AssertionError("this was computed already")
+
+
+def test_a_second_calibration_computes_nothing(load_tiny, tmp_path, monkeypatch):
+    loaded, head = linked(load_tiny, "llama")
+    first = run(loaded, head, tmp_path)
+    before = files(tmp_path)
+    assert not [name for name in before if name.name.startswith(".") or "partial" in name.name]
+    for name in ("accumulate_gradients", "collect_hessians", "predict_losses"):
+        monkeypatch.setattr(module, name, refuse)
+    second = run(loaded, head, tmp_path)
+    assert files(tmp_path) == before
+    assert [[t.name for t in g] for g in second.groups] == [[t.name for t in g] for g in first.groups] and second.losses() == first.losses()
+
+
+def test_an_interrupted_calibration_makes_only_what_is_missing(load_tiny, tmp_path, monkeypatch):
+    """Parts of one group: the third pass fails. Then the same with what predicts the losses."""
+    loaded, head = linked(load_tiny, "llama")
+    run(loaded, head, tmp_path / "whole")
+    expected = files(tmp_path / "whole")
+    folder, passes, predicted = tmp_path / "parts", [], []
+    collect, predict = module.collect_hessians, module.predict_losses
+
+    def failing_pass(model, groups, *rest):
+        passes.append([t.name for t in groups[0]])
+        if len(passes) == 3:
+            raise KeyboardInterrupt
+        return collect(model, groups, *rest)
+
+    monkeypatch.setattr(module, "HESSIAN_BYTES", 1)
+    monkeypatch.setattr(module, "collect_hessians", failing_pass)
+    with pytest.raises(KeyboardInterrupt):
+        run(loaded, head, folder)
+    assert {p.name for p in (folder / "hessians").iterdir()} == {"0.safetensors", "0.json", "1.safetensors", "1.json"}
+    monkeypatch.setattr(module, "accumulate_gradients", refuse)
+
+    def failing_prediction(tensor, *rest):
+        predicted.append(tensor.name)
+        if len(predicted) == 3:
+            raise KeyboardInterrupt
+        return predict(tensor, *rest)
+
+    monkeypatch.setattr(module, "predict_losses", failing_prediction)
+    with pytest.raises(KeyboardInterrupt):
+        run(loaded, head, folder)
+    done = len(list((folder / "hessians").glob("*.json")))
+    assert done < 9 and (folder / "hessians" / f"{done}.safetensors").is_file(), "a Hessian without its losses is not finished"
+    before = len(passes)
+    found = run(loaded, head, folder)
+    assert [[t.name for t in g] for g in found.groups[done:]] == passes[before:]
+    again = files(folder)
+    assert set(again) == set(expected)
+    for name, data in expected.items():  # one pass a part or one for all: the same sums, in the same order
+        assert again[name] == data, name
+
+
+def test_gradients_that_are_half_written_are_made_again(load_tiny, tmp_path, monkeypatch):
+    loaded, head = linked(load_tiny, "llama")
+
+    def fail(tensors, path):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "save_file", fail)
+        with pytest.raises(TacqError, match=r"Could not write .*gradients.safetensors \(No space left on device\)"):
+            run(loaded, head, tmp_path)
+    assert files(tmp_path) == {}
+    run(loaded, head, tmp_path)
+    assert (tmp_path / "gradients.safetensors").is_file()
+
+
+def test_powers_and_weights_give_other_files(load_tiny, tmp_path):
+    loaded, head = linked(load_tiny, "llama")
+    found = {name: run(loaded, head, tmp_path / name, **options) for name, options in (("plain", {"weighted": False}), ("one", {}), ("two", {"power": 2}), ("bf16", {"bf16": True}))}
+    name = loaded.linear[0].name
+    assert not torch.equal(found["one"].gradient(name), found["two"].gradient(name)) and not torch.equal(found["one"].gradient(name), found["bf16"].gradient(name))
+    assert torch.equal(found["one"].gradient(name), found["plain"].gradient(name)) and torch.equal(found["one"].hessian(0), found["two"].hessian(0))
+    assert not torch.equal(found["one"].hessian(0), found["plain"].hessian(0))
+
+
+def test_the_space_that_is_asked_for_is_enough(load_tiny, tmp_path):
+    for architecture in ("llama", "qwen2"):
+        loaded, head = linked(load_tiny, architecture)
+        folder = tmp_path / architecture
+        asked = disk_bytes(loaded, head, folder)
+        run(loaded, head, folder)
+        written = sum(map(len, files(folder).values()))
+        assert written / 2 < asked and written <= asked + 4 * 16 * (sum(map(len, TEXTS)) + 320) + 20000, "statistics and headers are not counted"
+        assert disk_bytes(loaded, head, folder) <= asked - written
+
+
+def test_losses_are_numbers_that_json_keeps(load_tiny, tmp_path):
+    loaded, head = linked(load_tiny, "llama")
+    found = run(loaded, head, tmp_path)
+    written = json.loads(found.losses_file(0).read_text())
+    assert {int(bits): loss for bits, loss in next(iter(written.values())).items()} == found.losses()[next(iter(written))]
+    for loss in found.losses().values():
+        assert list(loss) == [2, 3, 4] and loss[2] > loss[3] > loss[4] > 0
+    assert replace(found, n_tokens=1).losses() == found.losses()

@@ -1,0 +1,162 @@
+"""Predicted losses against the sums over tokens and outputs that they stand for, in float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from tacq_export import predict_loss
+from tacq_export.block_codec import dequantize_blocks
+from tacq_export.calibrate import EMBEDDING_OUTPUT, accumulate_gradients
+from tacq_export.fit_groups import round_to_nearest
+from tacq_export.load_model import LinkedTensor
+from tacq_export.predict_loss import SAMPLE_ROWS, embedding_loss, kept_shares, options_for, predict_losses, sample_rows
+from tacq_export.quantize_gptq import quantize_gptq
+from tacq_export.reporting import Reporter
+from tacq_export.tensor_types import TYPES_BY_NAME
+from tiny_hf import tiny_model
+
+DENSITIES = (1, 2, 3, 4, 6, 8, 12, 16)
+TOKENS = 50
+
+
+def matrix(rows: int, columns: int, seed: int = 0) -> LinkedTensor:
+    module = torch.nn.Linear(columns, rows, bias=False)
+    with torch.no_grad():
+        module.weight.copy_(torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * 0.05)
+    return LinkedTensor("m", "m", module, None)
+
+
+def statistics(rows: int, columns: int, seed: int = 1):
+    """Inputs [tokens, columns], what each token counts [tokens], mean 1, and energies of the rows [rows]; float64."""
+    rng = np.random.default_rng(seed)
+    weights = rng.exponential(1, TOKENS)
+    return rng.normal(0, 1, (TOKENS, columns)) * (np.arange(columns) % 5 + 1), weights / weights.mean(), rng.exponential(3, rows)
+
+
+def quantized(bits: int, weight: torch.Tensor, hessian: torch.Tensor) -> np.ndarray:
+    result = quantize_gptq(bits, weight, hessian, None, 0.01, sweeps=1, feed_forward=False)
+    return dequantize_blocks(bits, result.codes.numpy(), result.scale_bytes.numpy()).astype(float)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(64, 64), (SAMPLE_ROWS, 128), (1, 64)])
+def test_with_all_rows_it_is_the_sum_over_tokens_and_outputs(rows, columns):
+    """1/(2 T) sum_t sum_r g_tr^2 (D x_t)_r^2 for g_tr^2 = a_r w_t, which is what the prediction takes the gradients to be."""
+    tensor = matrix(rows, columns)
+    x, w, energy = statistics(rows, columns)
+    hessian = torch.from_numpy(np.einsum("ti,tj->ij", x, x)).float()
+    fisher = torch.from_numpy(np.einsum("t,ti,tj->ij", w, x, x)).float()
+    found = predict_losses(tensor, hessian, fisher, torch.from_numpy(energy).float(), TOKENS)
+    assert list(found) == [2, 3, 4]
+    for bits, loss in found.items():
+        d = tensor.weight.double().numpy() - quantized(bits, tensor.weight, hessian)
+        expected = sum(w[t] * energy[r] / TOKENS * (d[r] @ x[t]) ** 2 for t in range(TOKENS) for r in range(rows)) / (2 * TOKENS)
+        assert loss == pytest.approx(expected, rel=1e-4)  # float32 sums of some thousand terms
+
+
+def test_a_sample_of_rows_stands_for_all_of_them():
+    """400 rows alike: 96 of them say the same within their spread, here 5 %; and energies count at the rows that have them."""
+    tensor, (x, w, energy) = matrix(400, 64), statistics(400, 64)
+    hessian = torch.from_numpy(np.einsum("ti,tj->ij", x, x)).float()
+    found = predict_losses(tensor, hessian, hessian, torch.from_numpy(energy).float(), TOKENS)
+    for bits, loss in found.items():
+        d = tensor.weight.double().numpy() - quantized(bits, tensor.weight, hessian)
+        of_rows = np.einsum("ri,ij,rj->r", d, hessian.double().numpy(), d)
+        assert loss == pytest.approx((energy * of_rows).sum() / (2 * TOKENS**2), rel=0.05)
+    rows = sample_rows(400)
+    assert len(rows) == SAMPLE_ROWS == len(rows.unique()) and rows[0] == 0 and rows[-1] == 399 and sample_rows(5).tolist() == [0, 1, 2, 3, 4]
+    # Twice the energy in every second row of the sample: those rows count twice.
+    uneven = torch.ones(400)
+    uneven[rows[::2]] = 3.0
+    doubled = predict_losses(tensor, hessian, hessian, uneven, TOKENS)
+    for bits in (2, 3, 4):
+        d = tensor.weight[rows].double().numpy() - quantized(bits, tensor.weight[rows], hessian)
+        of_rows = np.einsum("ri,ij,rj->r", d, hessian.double().numpy(), d)
+        mean = (uneven[rows].numpy() * of_rows).sum() / float(uneven[rows].sum())
+        assert doubled[bits] == pytest.approx(0.5 * mean * float(uneven.sum()) / TOKENS**2, rel=1e-4)
+
+
+def test_a_matrix_that_the_loss_does_not_feel_costs_nothing():
+    tensor, (x, _, _) = matrix(32, 64), statistics(32, 64)
+    hessian = torch.from_numpy(np.einsum("ti,tj->ij", x, x)).float()
+    assert predict_losses(tensor, hessian, hessian, torch.zeros(32), TOKENS) == {2: 0.0, 3: 0.0, 4: 0.0}
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(64, 256), (96, 512), (8, 64)])
+def test_shares_are_those_of_the_weights_that_would_be_kept(rows, columns):
+    """The most salient weights, as many as each section holds; their part of sum (G D)^2."""
+    tensor = matrix(rows, columns)
+    gradient = torch.rand(rows, columns, generator=torch.Generator().manual_seed(3)) ** 4
+    score = lambda rows, error: gradient[rows] * error.abs() * tensor.weight[rows].abs()  # noqa: E731
+    found = kept_shares(tensor, gradient, score)
+    assert list(found) == [2, 3, 4]
+    for bits, shares in found.items():
+        d = tensor.weight.numpy().astype(float) - dequantize_blocks(bits, *(x.numpy() for x in round_to_nearest(bits, tensor.weight)))
+        elementwise = ((gradient.numpy().astype(float) * d) ** 2).reshape(-1)
+        order = np.argsort(-(gradient.numpy().astype(float) * np.abs(d) * np.abs(tensor.weight.numpy())).reshape(-1))
+        for p, share in zip(DENSITIES, shares, strict=True):
+            room = max((rows * columns // 64 * p - 16 - 4 * (rows + 1)) // 4, 0)
+            # The order of weights of about the same saliency may differ between float32 and float64.
+            assert share == pytest.approx(elementwise[order[:room]].sum() / elementwise.sum(), rel=1e-3, abs=1e-9)
+        assert shares == sorted(shares) and (shares[-1] > 0.3 or rows == 8) and max(shares) <= 1
+
+
+def test_shares_of_a_sample_are_those_of_the_same_density():
+    """As many of the sampled rows' weights as their part of the room is."""
+    tensor = matrix(960, 64)
+    gradient = torch.rand(960, 64, generator=torch.Generator().manual_seed(3)) ** 4
+    asked = []
+
+    def score(rows, error):
+        asked.append(rows)
+        assert error.shape == (SAMPLE_ROWS, 64)
+        return gradient[rows] * error.abs()
+
+    shares = kept_shares(tensor, gradient, score)[2]
+    assert all(torch.equal(rows, sample_rows(960)) for rows in asked)
+    rows = sample_rows(960)
+    weight = tensor.weight[rows]
+    d = weight.numpy().astype(float) - dequantize_blocks(2, *(x.numpy() for x in round_to_nearest(2, weight)))
+    ranked = np.sort(((gradient[rows].numpy() * d) ** 2).reshape(-1))[::-1]
+    room = (960 * 16 - 16 - 4 * 961) // 4
+    assert shares[-1] == pytest.approx(ranked[: round(room / 10)].sum() / ranked.sum(), rel=1e-4)
+
+
+def test_every_type_is_an_option_with_its_size_and_what_keeping_leaves():
+    tensor, loss = matrix(64, 256), {2: 8.0, 3: 2.0, 4: 0.5}
+    shares = {bits: [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7] for bits in loss}  # the smallest section holds nothing
+    options = {o.type.name: o for o in options_for(tensor, loss, shares)}
+    assert set(options) == {f"TACQ{b}" for b in loss} | {f"TACQ{b}_S{p}" for b in loss for p in DENSITIES[1:]}
+    for name, option in options.items():
+        bits, p = option.type.bits, option.type.p
+        assert option.n_bytes == 64 * 256 // 64 * ({2: 18, 3: 26, 4: 34}[bits] + p) == TYPES_BY_NAME[name].nbytes(64 * 256)
+        assert option.loss == pytest.approx(loss[bits] * (1 - (shares[bits][DENSITIES.index(p)] if p else 0)))
+    assert [o.type.name for o in options_for(tensor, loss, {})] == ["TACQ2", "TACQ3", "TACQ4"]
+
+
+def test_a_matrix_too_wide_for_column_indices_gets_base_types_only():
+    wide = matrix(2, 65536 + 64)
+    assert [o.type.name for o in options_for(wide, {2: 1.0, 3: 0.5, 4: 0.2}, {b: [0.5] * 8 for b in (2, 3, 4)})] == ["TACQ2", "TACQ3", "TACQ4"]
+
+
+TEXTS = [[1, 5, 9, 20, 5, 5, 4], [1, 300, 12]]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3"])  # Gemma's embedding multiplies by the root of its width
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_the_loss_of_an_embedding_is_that_of_what_it_puts_out(architecture, bits):
+    """1/(2 T) sum_t sum_j a_j (y' - y)_tj^2, y' what a module with the rounded weights really puts out."""
+    model = tiny_model(architecture).requires_grad_(False)
+    module = model.get_input_embeddings()
+    energy = accumulate_gradients(model, {}, TEXTS, 1, Reporter(), {EMBEDDING_OUTPUT: module})[f"{EMBEDDING_OUTPUT}/rows"]
+    found = embedding_loss(LinkedTensor("token_embd.weight", "embed", module, None), energy, TEXTS, bits)
+    outputs = lambda: np.concatenate([module(torch.tensor(text)).double().numpy() for text in TEXTS])  # noqa: E731
+    exact = outputs()
+    module.weight.copy_(torch.from_numpy(dequantize_blocks(bits, *(x.numpy() for x in round_to_nearest(bits, module.weight)))))
+    n = len(exact)
+    assert found == pytest.approx(((outputs() - exact) ** 2 @ (energy.double().numpy() / n)).sum() / (2 * n), rel=1e-3)
+
+
+def test_widths_are_those_of_the_types():
+    assert predict_loss.BITS == (2, 3, 4)
