@@ -41,7 +41,7 @@ class ExportConfig:
     target_bpw: bits per weight of the linear matrices, scales and indices counted, that are not exceeded (DEFAULT_BPW if
     nothing else says how large the file is to be).  target_size: the same for the whole file, in bytes or as '350M'. Each
     tensor then gets the width and the density of least predicted loss.
-    keep_weights: False gives no matrix a mixed type in the allocation: no sparse sections.
+    no_kept: keep no weights, no matrix gets a mixed type.
     base_type: one width for all matrices instead, kept weights filling up target_bpw.  ratio: with it, or alone (TACQ2),
     the share of the linear weights to keep, at whatever size that takes.
     tensor_types: 'REGEX=TYPE' entries; a matrix whose GGUF name matches gets that type, the first that matches counts.
@@ -64,7 +64,7 @@ class ExportConfig:
     target_bpw: float | None = None
     target_size: int | str | None = None
     base_type: str | None = None
-    keep_weights: bool = True
+    no_kept: bool = False
     tensor_types: tuple[str, ...] = ()
     token_embedding_type: str | None = None
     output_tensor_type: str | None = None
@@ -116,7 +116,7 @@ class ExportConfig:
             raise TacqError(f"{' and '.join(sizes)} both say how large the file is to be; give one of them.")
         if self.base_type is not None and self.target_size is not None:
             raise TacqError("--base-type gives all matrices one width, and --target-size chooses a width for each; give one of them.")
-        if not self.keep_weights and self.ratio:
+        if self.no_kept and self.ratio:
             raise TacqError(f"--ratio {self.ratio:g} keeps weights and --no-kept keeps none; give one of them.")
         self.fixed_types()
         if self.target_size is not None:
@@ -178,7 +178,7 @@ class ExportConfig:
             return None
         if self.target_bpw is not None:
             return self.target_bpw
-        if self.base_type is not None and not self.keep_weights:
+        if self.base_type is not None and self.no_kept:
             return self.base.bits_per_weight
         return DEFAULT_BPW if self.base_type is None else self.base.bits_per_weight + DEFAULT_BPW - TYPES_BY_NAME["TACQ2"].bits_per_weight
 

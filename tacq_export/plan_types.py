@@ -75,7 +75,7 @@ def plan_types(
         given |= allocate_types(loaded, calibration, texts, head, linear, fixed, config, reporter)
     elif linear:
         scores = score(linear, lambda name: config.base.bits)
-        selection = select_weights(scores, config.base, _n_to_keep(scores, linear, config) if config.keep_weights else 0)
+        selection = select_weights(scores, config.base, _n_to_keep(scores, loaded, fixed, config) if not config.no_kept else 0)
         del scores
     for tensor in loaded.linear:  # the types are decided, so each has its own top; one saliency in memory at a time
         kind = given.get(tensor.name)
@@ -87,11 +87,18 @@ def plan_types(
     return selection | {name: TensorSelection(kind, nothing, 0) for name, kind in given.items() if name not in selection}
 
 
-def _n_to_keep(scores: dict[str, torch.Tensor], linear: list[LinkedTensor], config: ExportConfig) -> int:
-    """Size of the global top: a share of the weights, or as many as the limit's bits hold."""
+def _n_to_keep(scores: dict[str, torch.Tensor], loaded: LoadedModel, fixed: dict[str, str], config: ExportConfig) -> int:
+    """Size of the global top: a share of the weights, or as many as the limit's bits hold beside the matrices of fixed types."""
     if config.bpw_limit is None:
         return round(config.ratio * sum(s.numel() for s in scores.values()))
-    return keep_for_target(scores, {t.name: t.shape for t in linear}, config.base, config.bpw_limit)
+    shapes = {name: tuple(s.shape) for name, s in scores.items()}
+    n_free = sum(s.numel() for s in scores.values())
+    spent = sum(type_bytes(t.shape, fixed[t.name]) for t in loaded.linear if t.name in fixed)
+    if n_free < loaded.n_linear:
+        least = 8 * (spent + config.base.nbytes(n_free)) / loaded.n_linear
+        if least > config.bpw_limit:
+            raise TacqError(f"--target-bpw {config.bpw_limit:g} cannot be met: with the types of --tensor-type and {config.base.name} it is {least:.3f} bits per weight; raise it.")
+    return keep_for_target(scores, shapes, config.base, (config.bpw_limit * loaded.n_linear - 8 * spent) / n_free)
 
 
 def allocate_types(
@@ -101,7 +108,7 @@ def allocate_types(
     """{GGUF name: our type} of every tensor that is not fixed, of least predicted loss within the target. Raises TacqError if the smallest types exceed it."""
     losses, options = calibration.losses(), {}
     for tensor in reporter.track(linear, "predicting what kept weights save"):
-        if not config.keep_weights:
+        if config.no_kept:
             options[tensor.name] = options_for(tensor, losses[tensor.name], {})
             continue
         gradient = calibration.gradient(tensor.name)

@@ -95,9 +95,12 @@ def options_for(tensor: LinkedTensor, loss: dict[int, float], shares: dict[int, 
 def embedding_loss(embedding: LinkedTensor, row_energy: torch.Tensor, texts: Sequence[Sequence[int]], bits: int) -> float:
     """Predicted loss of an embedding by plain rounding: 1/(2 T) sum_t sum_j a_j dW_tj^2 over the tokens of the texts.
 
-    row_energy: float32 [columns], T a_j of what the embedding puts out.
+    row_energy: float32 [columns], T a_j of what the embedding puts out, which some architectures (Gemma) scale.
     """
     tokens, counts = torch.tensor([token for text in texts for token in text]).unique(return_counts=True)
     weight = embedding.weight.cpu()[tokens]
     error = weight - dequantize_groups(bits, *round_to_nearest(bits, weight))
+    with torch.no_grad():
+        put_out = embedding.module(tokens.to(embedding.weight.device)).float().cpu()
+    error = error * float(put_out.norm() / weight.norm().clamp_min(1e-30))
     return 0.5 * float((counts[:, None] * error.square() * row_energy).sum(dtype=torch.float64)) / int(counts.sum()) ** 2

@@ -168,8 +168,9 @@ def test_the_help_of_an_export_names_every_option_and_its_true_default(capsys):
     for command in cli.COMMANDS:
         assert command == "export" or re.search(rf"tacq-export {command} +\w", text), command
     for field in dataclasses.fields(ExportConfig):
-        assert field.name == "model" or f"--{field.name.replace('_', '-')}" in text, field.name
-    for flag in ("score", "reference", "token_embedding_type", "n_samples", "seq_len", "damping", "seed", "device"):
+        flag = {"tensor_types": "--tensor-type"}.get(field.name, "--" + field.name.replace("_", "-"))  # given once for each
+        assert field.name == "model" or flag in text, field.name
+    for flag in ("score", "reference", "hessian", "precision", "n_samples", "seq_len", "damping", "seed", "device"):
         default = next(f.default for f in dataclasses.fields(ExportConfig) if f.name == flag)
         said = re.search(rf"--{flag.replace('_', '-')} [A-Z]\w* .*?\(default:? ([\w.]+)\)", text)
         assert said and said[1] == str(default), flag
@@ -199,7 +200,7 @@ def test_the_default_output_is_named_after_model_task_and_type(monkeypatch, here
     monkeypatch.setattr("tacq_export.pipeline.export", lambda config, reporter: seen.append(str(config.outfile)))
     cli.main(["model.gguf", "--task", "task.jsonl"])
     cli.main(["folder/", "--task", "task.jsonl", "--base-type", "tacq3"])
-    assert seen == ["model-task-tacq2.gguf", "folder-task-tacq3.gguf"]
+    assert seen == ["model-task-tacq.gguf", "folder-task-tacq3.gguf"]
 
 
 def test_a_model_called_like_a_command_can_be_exported(monkeypatch, here):

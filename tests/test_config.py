@@ -44,7 +44,7 @@ BAD = [
     ({"base_type": "TACQ2"}, "--base-type is 'TACQ2', expected one of: tacq2, tacq3, tacq4."),
     ({"token_embedding_type": "q9"}, "--token-embedding-type is 'q9', expected one of: tacq2, "),
     ({"output_tensor_type": ""}, "--output-tensor-type is '', expected one of: tacq2, "),
-    ({"ratio": 0.01, "target_bpw": 2.5}, "--ratio and --target-bpw both say how much to keep; give one of them."),
+    ({"ratio": 0.01, "target_bpw": 2.5}, "--ratio and --target-bpw both say how large the file is to be; give one of them."),
     ({"ratio": -0.01}, "--ratio is -0.01, expected 0 to 0.05"),
     ({"ratio": 0.06}, "--ratio is 0.06, expected 0 to 0.05"),
     ({"ratio": math.nan}, "--ratio is nan, expected 0 to 0.05"),

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import tacq_export.quantize_model
-import tacq_export.score_weights
+import tacq_export.calibrate
 from tacq_export.config import ExportConfig
 from tacq_export.errors import TacqError
 from tacq_export.pipeline import export
@@ -82,7 +82,7 @@ def test_an_export_interrupted_in_quantization_resumes_to_the_same_bytes(config,
     assert len(list((tmp_path / "out.gguf.work" / "tensors").glob("*.json"))) == at - 1
     assert not list(tmp_path.rglob("*.partial")) and not list(tmp_path.rglob(".*"))
     calls = raise_at(monkeypatch, tacq_export.quantize_model, "quantize_gptq", 0, error)
-    scored = raise_at(monkeypatch, tacq_export.score_weights, "accumulate_gradients", 0, error)
+    scored = raise_at(monkeypatch, tacq_export.calibrate, "accumulate_gradients", 0, error)
     export(config(resume=True))
     assert len(calls) == N_MATRICES - (at - 1), "finished tensors are quantized again, or some are left out"
     assert not scored, "the selection is made again"
@@ -144,7 +144,7 @@ def snapshot(folder) -> dict:
         ({"score": "fisher"}, "score: then tacq, now fisher"), ({"ratio": 0.01}, "ratio: then 0.02, now 0.01"), ({"seed": 1}, "seed: then 0, now 1"),
         ({"n_samples": 2}, "n_samples: then 3, now 2"), ({"seq_len": 16}, "seq_len: then 32, now 16"), ({"base_type": "tacq3"}, "base_type: then None, now tacq3"),
         ({"damping": 0.02}, "damping: then 0.01, now 0.02"), ({"reference": "gptq"}, "reference: then rtn, now gptq"),
-        ({"token_embedding_type": "f16"}, "token_embedding_type: then tacq4, now f16"),
+        ({"token_embedding_type": "f16"}, "token_embedding_type: then None, now f16"),
     ],
 )  # fmt: skip
 def test_resume_refuses_other_options_by_name_and_keeps_the_work(config, unfinished, options, message):

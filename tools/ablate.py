@@ -39,12 +39,12 @@ RATIOS = (0.0, 0.001, 0.002, 0.004, 0.008, 0.016)
 
 def experiments(data: Path | None) -> list[tuple[str, str, dict]]:
     """(experiment, name of the row, options of the export that differ from the defaults)."""
-    found = [("scores", "nothing kept", {"base_type": "tacq2", "keep_weights": False})]
+    found = [("scores", "nothing kept", {"base_type": "tacq2", "no_kept": True})]
     found += [("scores", score, {"base_type": "tacq2", "score": score}) for score in SCORES]
     found += [("scores", "tacq, Q(W) by GPTQ", {"base_type": "tacq2", "reference": "gptq"})]
     found += [("density", f"TACQ2, {100 * ratio:g} % kept", {"base_type": "tacq2", "ratio": ratio}) for ratio in RATIOS[1:]]
     for bpw in (2.45, 2.6, 2.8, 3.0, 3.5):
-        found += [("density", f"allocated, {bpw}, {what}", {"target_bpw": bpw, "keep_weights": keep}) for what, keep in (("may keep", True), ("none kept", False))]
+        found += [("density", f"allocated, {bpw}, {what}", {"target_bpw": bpw, "no_kept": not keep}) for what, keep in (("may keep", True), ("none kept", False))]
     found += [("quantizer", f"{n} sweeps", {"refine_sweeps": n}) for n in (0, 1, 3, 6)]
     found += [("quantizer", f"damping {d:g}", {"damping": d}) for d in (0.003, 0.03)]
     found += [("quantizer", "equal token weights", {"hessian": "plain"})]
