@@ -70,7 +70,7 @@ class Calibration:
 
 def _read(path: Path, key: str) -> torch.Tensor:
     with safe_open(path, "pt") as file:
-        return file.get_tensor(key)
+        return file.get_tensor(key).clone()  # its own memory: the tensor would hold a mapping of the whole file
 
 
 def calibrate(

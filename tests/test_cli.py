@@ -78,6 +78,16 @@ ERRORS = {
     f"{EXPORT} --ratio nan": "--ratio is nan",
     f"{EXPORT} --target-bpw 1": "--target-bpw is 1",
     f"{EXPORT} --ratio 0.01 --target-bpw 3": "--ratio and --target-bpw",
+    f"{EXPORT} --target-size huge": "--target-size is 'huge'",
+    f"{EXPORT} --target-size 1k": "--target-size 1k cannot be met: with the smallest types it is ",
+    f"{EXPORT} --target-size 1G --ratio 0.01": "--ratio and --target-size",
+    f"{EXPORT} --target-size 1G --base-type tacq3": "--base-type gives all matrices one width",
+    f"{EXPORT} --tensor-type ffn=q2_k": "--tensor-type is 'ffn=q2_k'",
+    f"{EXPORT} --tensor-type nothing=f16": "--tensor-type: 'nothing' matches no matrix",
+    f"{EXPORT} --hessian x": "--hessian is 'x'",
+    f"{EXPORT} --precision x": "--precision is 'x'",
+    f"{EXPORT} --refine-sweeps -1": "--refine-sweeps is -1",
+    f"{EXPORT} --no-kept --ratio 0.01": "--ratio 0.01 keeps weights and --no-kept keeps none",
     f"{EXPORT} --n-samples 0": "--n-samples is 0",
     f"{EXPORT} --seq-len 1": "--seq-len is 1",
     f"{EXPORT} --damping 0": "--damping is 0",
@@ -188,11 +198,20 @@ def test_every_option_reaches_the_configuration(monkeypatch, here):
     monkeypatch.setattr("tacq_export.pipeline.export", lambda config, reporter: seen.append(config))
     options = dict(
         score="fisher", reference="gptq", target_bpw=3.5, base_type="tacq3", token_embedding_type="f16", output_tensor_type="q8_0", n_samples=5,
-        seq_len=99, damping=0.5, device="cpu", seed=7, threads=2, workdir="w",
+        seq_len=99, damping=0.5, device="cpu", seed=7, threads=2, workdir="w", hessian="plain", precision="bf16", refine_sweeps=1,
     )  # fmt: skip
     argv = [text for key, value in options.items() for text in ("--" + key.replace("_", "-"), str(value))]
     assert cli.main(["export", "model.gguf", "--task", "task.jsonl", "--outfile", "o.gguf", *argv, "--force", "--dry-run"]) == 0
     assert seen[0] == ExportConfig(model="model.gguf", task="task.jsonl", outfile="o.gguf", force=True, dry_run=True, **options)
+
+
+def test_a_size_and_patterns_reach_the_configuration(monkeypatch, here):
+    seen = []
+    monkeypatch.setattr("tacq_export.pipeline.export", lambda config, reporter: seen.append(config))
+    argv = "model.gguf --task task.jsonl --outfile o.gguf --target-size 1.2G --no-kept --tensor-type ffn_down=tacq3 --tensor-type ffn=q8_0"
+    assert cli.main(argv.split()) == 0
+    expected = dict(target_size="1.2G", no_kept=True, tensor_types=("ffn_down=tacq3", "ffn=q8_0"))
+    assert seen[0] == ExportConfig(model="model.gguf", task="task.jsonl", outfile="o.gguf", **expected)
 
 
 def test_the_default_output_is_named_after_model_task_and_type(monkeypatch, here):

@@ -65,11 +65,10 @@ def quality(exported, reference, texts):
 def test_size_and_metadata(exported):
     facts = inspect_gguf(exported)
     linear = [t for t in facts.tensors if t.is_linear]
-    assert len(linear) == 210 and all(t.type.startswith("TACQ2") for t in linear)
-    # The issue's bound for default options; counted from the file's own tensor sizes.
-    assert 2.25 < 8 * sum(t.nbytes for t in linear) / sum(t.n_weights for t in linear) == facts.bpw_linear <= 2.45
-    # 0.2 bits a weight at 32 bits for each kept one would be 0.625 %; row pointers take a part of them.
-    assert 0.004 < sum(t.kept for t in linear) / sum(t.n_weights for t in linear) < 0.00625
+    assert len(linear) == 210 and {t.type[:5] for t in linear} >= {"TACQ2", "TACQ3"}, "the allocation gives every matrix the same width"
+    # The limit of the default options, and the allocator's reach; counted from the file's own tensor sizes.
+    assert 2.44 < 8 * sum(t.nbytes for t in linear) / sum(t.n_weights for t in linear) == facts.bpw_linear <= 2.45
+    assert 0 < sum(t.kept for t in linear) / sum(t.n_weights for t in linear) < 0.00625  # 0.2 bits a weight at 32 bits for each kept one
     assert len(density_picture(facts)) == 1 + 7
     reader = open_gguf(exported)
     keys = {k: field_value(reader, f"tacq.{k}") for k in ("format_version", "score", "task", "n_samples", "seq_len")}
@@ -89,11 +88,12 @@ def test_everything_else_is_the_reference(exported, reference):
 
 
 def test_quality_is_far_better_than_rounding(quality):
-    # Measured with these 12 examples: see tools/LOG.md. Plain 2-bit rounding at 2.5 bits has 3.55 (DESIGN's table), the stock
-    # IQ2_XS at 2.31 bits 2.12; a broken scale, row order or kernel gives more than that.
-    assert 0.2 < quality.kl < 1.2
-    assert quality.top1 > 0.5
-    assert quality.ref_ppl < quality.ppl < 3 * quality.ref_ppl
+    # Measured with these 12 examples: KL .466 +- .019, top-1 .708, perplexity 1.36 times the reference's (128 examples: see tools/LOG.md).
+    # Plain 2-bit rounding at 2.5 bits has KL 3.55 (DESIGN's table), the stock IQ2_XS at 2.31 bits 2.12; a broken scale, row order
+    # or kernel gives more than that.
+    assert 0.3 < quality.kl < 0.57
+    assert quality.top1 > 0.66
+    assert quality.ref_ppl < quality.ppl < 1.6 * quality.ref_ppl
 
 
 def test_llama_cpp_and_torch_agree_on_the_quality(exported, reference, texts, quality):
@@ -152,7 +152,7 @@ def test_unmodified_llama_cpp_python_runs_the_file(exported, runtime):
 def test_verify_command(exported, reference):
     done = command("verify", exported, "--against", reference, "--task", HELD_OUT, "--n-samples", 2, "--json")
     result = json.loads(done.stdout)
-    assert result["tensors_decoded_alike"] == 210 and 0.1 < result["kl"] < 1.2
+    assert result["tensors_decoded_alike"] == 210 and 0.3 < result["kl"] < 0.65  # measured .491 on these two
 
 
 def test_dequantized_file_is_stock_and_equal(exported, texts, tmp_path):
@@ -168,6 +168,6 @@ def test_kept_values_are_exact(exported):
     """Every mixed tensor keeps as many weights as its section holds, to the brim."""
     for t in inspect_gguf(exported).tensors:
         if "_S" in t.type:
-            room = t.nbytes - t.n_weights // 64 * 18 - 16 - 4 * (t.shape[0] + 1)
+            room = t.nbytes - t.n_weights // 64 * TYPES_BY_NAME[t.type].base_bytes - 16 - 4 * (t.shape[0] + 1)
             assert t.kept == room // 4, t.name
             assert t.nbytes == TYPES_BY_NAME[t.type].nbytes(t.n_weights)

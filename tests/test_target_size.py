@@ -75,3 +75,19 @@ def test_the_tiny_model_fits_its_size_too(tiny_gguf, tiny_task, tmp_path):
     for target in (60_000, 70_000, 81_234):
         result = exported(tiny_gguf, tiny_task, tmp_path / "w", tmp_path / f"{target}.gguf", target_size=target)
         assert result.file_bytes <= target
+
+
+@pytest.mark.slow
+def test_the_135m_model_fits_its_size(tmp_path):
+    """Real shapes, real losses, and the header of a real vocabulary."""
+    import sys
+    from pathlib import Path
+
+    tools = Path(__file__).resolve().parent.parent / "tools"
+    sys.path.insert(0, str(tools))
+    from fetch_models import fetch_model
+
+    options = dict(model=str(fetch_model("smollm2-135m")), task=tools / "data" / "gsm8k-train-128.jsonl", workdir=tmp_path / "work", n_samples=4, refine_sweeps=0)
+    for target, n_bytes in (("50M", 50_000_000), ("56MiB", 56 << 20)):
+        result = export(ExportConfig(outfile=tmp_path / f"{target}.gguf", target_size=target, **options))
+        assert 0.995 * n_bytes <= result.file_bytes <= n_bytes

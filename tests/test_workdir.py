@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-import tacq_export.quantize_model
 import tacq_export.calibrate
+import tacq_export.pipeline
+import tacq_export.predict_loss
+import tacq_export.quantize_model
+import tacq_export.score_weights
 from tacq_export.config import ExportConfig
 from tacq_export.errors import TacqError
 from tacq_export.pipeline import export
@@ -99,6 +102,85 @@ def test_an_export_interrupted_while_it_scores_resumes_to_the_same_bytes(config,
     assert (tmp_path / "out.gguf").read_bytes() == uninterrupted
 
 
+@pytest.mark.parametrize("step", ["accumulate_gradients", "group_by_input", "collect_hessians", "predict_losses"])
+def test_an_export_interrupted_while_it_calibrates_resumes_to_the_same_bytes(config, uninterrupted, tmp_path, monkeypatch, step):
+    """In the second of nine passes over the texts, or in the first of what is done once."""
+    with monkeypatch.context() as patch:
+        patch.setattr(tacq_export.calibrate, "HESSIAN_BYTES", 1)
+        raise_at(patch, tacq_export.calibrate, step, 2 if step in ("collect_hessians", "predict_losses") else 1, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            export(config())
+    gradients = raise_at(monkeypatch, tacq_export.calibrate, "accumulate_gradients", 0, KeyboardInterrupt())
+    export(config(resume=True))
+    assert len(gradients) == (step == "accumulate_gradients")
+    assert (tmp_path / "out.gguf").read_bytes() == uninterrupted
+
+
+def test_an_allocated_export_resumes_to_the_same_bytes(config, tmp_path, monkeypatch):
+    export(config("whole.gguf", ratio=None, target_bpw=3.0))
+    with monkeypatch.context() as patch:
+        raise_at(patch, tacq_export.quantize_model, "quantize_gptq", 5, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            export(config(ratio=None, target_bpw=3.0))
+    planned = raise_at(monkeypatch, tacq_export.pipeline, "plan_types", 0, KeyboardInterrupt())
+    export(config(ratio=None, target_bpw=3.0, resume=True))
+    assert not planned and (tmp_path / "out.gguf").read_bytes() == (tmp_path / "whole.gguf").read_bytes()
+
+
+def calibrated_again(monkeypatch) -> dict[str, list]:
+    return {step: raise_at(monkeypatch, tacq_export.calibrate, step, 0, KeyboardInterrupt()) for step in ("accumulate_gradients", "collect_hessians", "predict_losses")}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"ratio": 0.01}, {"ratio": None, "target_bpw": 3.0}, {"ratio": None, "target_size": 80_000}, {"base_type": "tacq3"}, {"seed": 1, "score": "random"},
+        {"refine_sweeps": 0, "damping": 0.05}, {"token_embedding_type": "f16", "output_tensor_type": "q8_0"}, {"tensor_types": ("ffn_down=tacq4",)}, {"reference": "gptq"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_named_work_folder_calibrates_once_for_exports_that_share_it(config, tmp_path, monkeypatch, options):
+    """The second file is the very one that an export of its own would have given."""
+    export(config("first.gguf", workdir=tmp_path / "w"))
+    export(config("alone.gguf", **options))
+    calls = calibrated_again(monkeypatch)
+    export(config("second.gguf", workdir=tmp_path / "w", **options))
+    assert calls == {"accumulate_gradients": [], "collect_hessians": [], "predict_losses": []}
+    assert (tmp_path / "second.gguf").read_bytes() == (tmp_path / "alone.gguf").read_bytes() != (tmp_path / "first.gguf").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "options", [{"n_samples": 2}, {"seq_len": 16}, {"hessian": "plain"}, {"precision": "bf16"}, {"score": "fisher"}, {"device": "auto"}], ids=str
+)
+def test_a_named_work_folder_calibrates_anew_for_exports_that_do_not(config, tmp_path, monkeypatch, options):
+    export(config("first.gguf", workdir=tmp_path / "w"))
+    export(config("alone.gguf", **options))
+    calls = calibrated_again(monkeypatch)
+    export(config("second.gguf", workdir=tmp_path / "w", **options))
+    assert all(calls.values())
+    assert (tmp_path / "second.gguf").read_bytes() == (tmp_path / "alone.gguf").read_bytes()
+
+
+def test_a_named_work_folder_calibrates_anew_for_another_task_or_model(config, tiny_gguf, tiny_task, tmp_path, monkeypatch):
+    export(config("first.gguf", workdir=tmp_path / "w"))
+    calls = calibrated_again(monkeypatch)
+    (tmp_path / "other.jsonl").write_text(tiny_task.read_text().replace("apples", "shells"))
+    export(tiny_export(tiny_gguf, tmp_path / "other.jsonl", tmp_path / "task.gguf", workdir=tmp_path / "w"))
+    assert len(calls["accumulate_gradients"]) == 1
+    shutil.copy(tiny_gguf, tmp_path / "model.gguf")
+    export(tiny_export(tmp_path / "model.gguf", tmp_path / "other.jsonl", tmp_path / "model-out.gguf", workdir=tmp_path / "w"))
+    assert len(calls["accumulate_gradients"]) == 2
+
+
+@pytest.mark.parametrize("content", ["", "{", "null"])
+def test_a_calibration_of_unknown_origin_is_made_again(config, uninterrupted, tmp_path, monkeypatch, content):
+    export(config("first.gguf", workdir=tmp_path / "w"))
+    (tmp_path / "w" / "calibration.json").write_text(content)
+    calls = calibrated_again(monkeypatch)
+    export(config("second.gguf", workdir=tmp_path / "w"))
+    assert all(calls.values()) and (tmp_path / "second.gguf").read_bytes() == uninterrupted
+
+
 def test_an_export_that_fails_while_it_writes_leaves_no_output_and_resumes(config, uninterrupted, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         raise_at(patch, WorkDir, "load_tensor", 5, OSError(28, "No space left on device"))
@@ -144,6 +226,8 @@ def snapshot(folder) -> dict:
         ({"score": "fisher"}, "score: then tacq, now fisher"), ({"ratio": 0.01}, "ratio: then 0.02, now 0.01"), ({"seed": 1}, "seed: then 0, now 1"),
         ({"n_samples": 2}, "n_samples: then 3, now 2"), ({"seq_len": 16}, "seq_len: then 32, now 16"), ({"base_type": "tacq3"}, "base_type: then None, now tacq3"),
         ({"damping": 0.02}, "damping: then 0.01, now 0.02"), ({"reference": "gptq"}, "reference: then rtn, now gptq"),
+        ({"ratio": None, "target_size": "1G"}, "ratio: then 0.02, now None"), ({"hessian": "plain"}, "hessian: then gradient, now plain"),
+        ({"precision": "bf16"}, "precision: then f32, now bf16"), ({"tensor_types": ("ffn=f16",)}, "tensor_types: then (), now ('ffn=f16',)"),
         ({"token_embedding_type": "f16"}, "token_embedding_type: then None, now f16"),
     ],
 )  # fmt: skip
