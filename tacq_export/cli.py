@@ -99,7 +99,7 @@ def export_parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument("--output-tensor-type", metavar="T", help="the same for the head, where it is no copy of the embedding")
     parser.add_argument("--n-samples", type=int, default=default["n_samples"], metavar="N", help=f"the first N examples of the task are used (default {default['n_samples']})")
     parser.add_argument("--seq-len", type=int, default=default["seq_len"], metavar="N", help=f"each cut to N tokens (default {default['seq_len']})")
-    parser.add_argument("--refine-sweeps", type=int, default=default["refine_sweeps"], metavar="N", help=f"passes of coordinate descent over the codes after GPTQ (default {default['refine_sweeps']}; 0 for none)")
+    parser.add_argument("--refine-sweeps", type=int, default=default["refine_sweeps"], metavar="N", help=f"passes of coordinate descent over codes and scales after GPTQ (default {default['refine_sweeps']}; 0 for none)")
     parser.add_argument("--damping", type=float, default=default["damping"], metavar="D", help=f"GPTQ's, as a share of the Hessian's mean diagonal (default {default['damping']})")
     parser.add_argument("--hessian", default=default["hessian"], metavar="H", help=f"how tokens count in GPTQ's Hessian: {', '.join(HESSIANS)}; gradient weighs each by how much the loss depends on it (default {default['hessian']})")
     parser.add_argument("--precision", default=default["precision"], metavar="P", help=f"of the calibration's matrix products: {', '.join(PRECISIONS)} (default {default['precision']}); bf16 is 2 to 3 times faster on CPUs that have it")

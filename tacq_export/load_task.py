@@ -171,7 +171,7 @@ def _parse_schemas(path: Path, _modified: int) -> dict[str, str]:
 
 
 def compact_schema(schema: str) -> str:
-    """CREATE TABLE text with one line a table, and without the quotes that no name needs: about two thirds of the tokens.
+    """CREATE TABLE text with one line a table, and without the quotes that no name needs.
 
     Text that SQLite refuses without the quotes keeps them.
     """
