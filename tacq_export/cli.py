@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from .errors import TacqError
@@ -303,14 +304,14 @@ RUN = {
 }  # fmt: skip
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0, 1 after a TacqError, 2 for wrong usage, 130 after Ctrl-C."""
-    argv = sys.argv[1:] if argv is None else argv
-    named = bool(argv) and argv[0] in RUN and not (argv[0] != "runtime" and os.path.exists(argv[0]) and "--task" in argv)
-    command = argv[0] if named else "export"
+def guarded(run: Callable[[], None], interrupted: str) -> int:
+    """Call `run`; whatever it raises is said in one sentence. Returns the exit status: 0, 1 after an error, 130 after Ctrl-C.
+
+    interrupted: what is said after Ctrl-C.
+    """
     try:
         try:
-            RUN[command](argv[1:] if named else argv, f"tacq-export {command}" if named else "tacq-export")
+            run()
         finally:
             if ConsoleReporter.latest:
                 ConsoleReporter.latest.close()  # an error gets a line of its own, below the bar
@@ -318,7 +319,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command with --resume goes on with an export", file=sys.stderr)
+        print(f"\n{interrupted}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader (head, less) has gone
@@ -340,3 +341,12 @@ def main(argv: list[str] | None = None) -> int:
                   "please report it with the output of the same command under TACQ_EXPORT_DEBUG=1.", file=sys.stderr)  # fmt: skip
         return 1
     return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0, 1 after a TacqError, 2 for wrong usage, 130 after Ctrl-C."""
+    argv = sys.argv[1:] if argv is None else argv
+    named = bool(argv) and argv[0] in RUN and not (argv[0] != "runtime" and os.path.exists(argv[0]) and "--task" in argv)
+    command = argv[0] if named else "export"
+    prog = f"tacq-export {command}" if named else "tacq-export"
+    return guarded(lambda: RUN[command](argv[1:] if named else argv, prog), "interrupted; the same command with --resume goes on with an export")

@@ -19,7 +19,7 @@ from .reporting import Reporter
 from .run_model import last_error
 from .runtime import tool
 from .tensor_types import register_with_gguf
-from .write_gguf import open_gguf, written_atomically
+from .write_gguf import open_gguf, padded, written_atomically
 
 # What `nearest_types` chooses from: llama-quantize's types for models that were not trained for a type. Not Q1_0, Q2_0,
 # TQ1_0 and TQ2_0, which round to two or three levels and need such a model.
@@ -114,7 +114,7 @@ def _file_bytes(reference: Path, became: dict[str, str]) -> int:
             raise TacqError(f"gguf-py does not know the type {kind} and could not read the file; leave it out of --types.")
         if kind:
             block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
-            change += -(-n_weights // block * size // align) * align - -(-n_bytes // align) * align
+            change += padded(n_weights // block * size, align) - padded(n_bytes, align)
     return reference.stat().st_size + change
 
 

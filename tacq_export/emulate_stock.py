@@ -22,6 +22,7 @@ import numpy as np
 
 from .compare_files import imatrix_importance
 from .errors import TacqError
+from .inspect_gguf import is_linear
 from .reporting import Reporter
 from .runtime import runtime_path
 from .runtime_source import need_space
@@ -111,7 +112,7 @@ def emulated_size(reference: Path, qtype: gguf.GGMLQuantizationType, embedding: 
     for tensor in reader.tensors:
         n = int(tensor.n_elements)
         total += n
-        if is_linear(tensor):
+        if is_linear(tensor.name, tensor.shape):
             linear, matrices = linear + n, matrices + 1
             change += n * size / block - int(tensor.n_bytes)
         elif (kind := _other_type(tensor, embedding, head)) is not None:
@@ -121,11 +122,6 @@ def emulated_size(reference: Path, qtype: gguf.GGMLQuantizationType, embedding: 
         raise TacqError(f"{reference} has no matrices in blocks; give a GGUF of a language model.")
     file_bytes = round(Path(reference).stat().st_size + change)
     return Emulated(file_bytes, 8 * size / block, 8 * file_bytes / total, matrices)
-
-
-def is_linear(tensor: gguf.gguf_reader.ReaderTensor) -> bool:
-    """A matrix of a block: neither embedding nor head nor norm."""
-    return len(tensor.shape) > 1 and tensor.name.startswith("blk.")
 
 
 def _other_type(tensor: gguf.gguf_reader.ReaderTensor, embedding: str, head: str) -> gguf.GGMLQuantizationType | None:
@@ -160,7 +156,7 @@ def write_emulated(
     planned: list[PlannedTensor] = []
     for tensor in reader.tensors:
         other = _other_type(tensor, embedding, head)
-        if is_linear(tensor):
+        if is_linear(tensor.name, tensor.shape):
             if len(tensor.shape) != 2 or tensor.name not in importance:
                 raise TacqError(f"tensor '{tensor.name}' cannot be emulated: it has no row weights in {imatrix.name}; leave out --emulate for this model.")
             planned.append(PlannedTensor(tensor.name, numpy_shape(tensor), gguf.GGMLQuantizationType.F16, lambda t=tensor: rounded(t)))

@@ -14,9 +14,9 @@ import torch
 from .block_codec import CODECS
 from .tensor_types import GROUP_SIZE
 
-# How many scale steps below the first that does not clip are tried, and how many above. The steps are 3/8, 3/16 and 3/32
+# How many scale steps below the first that does not clip are tried (here and in group_descent.c), and how many above. The steps are 3/8, 3/16 and 3/32
 # octave: clipping the largest weight to about half pays for few levels, not for 16 (measured in tools/LOG.md).
-_WINDOW = {2: (4, 1), 3: (6, 1), 4: (8, 4)}
+SEARCH_WINDOW = {2: (4, 1), 3: (6, 1), 4: (8, 4)}
 _CHUNK = 8192
 
 
@@ -79,7 +79,7 @@ def fit_scale_bytes(bits: int, weights: torch.Tensor, importance: torch.Tensor |
     best_err = torch.full_like(peak, float("inf"))
     best_byte = torch.zeros(peak.shape, dtype=torch.uint8, device=device)
     k_max = len(magnitudes) - 1
-    below, above = _WINDOW[bits]
+    below, above = SEARCH_WINDOW[bits]
     for book in range(len(codec.levels)):
         table, _ = _nearest_level(bits, book, device)
         # Below the table's range the nearest level is the first, above it the last: the clamp in _round_to_level is right.

@@ -9,10 +9,8 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
-import platform
 import shutil
 import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -21,14 +19,13 @@ import torch
 
 from .block_codec import CODECS
 from .errors import TacqError
+from .fit_groups import SEARCH_WINDOW, codec_tables
+from .runtime import machine_identity
 from .runtime_source import cache_dir
 from .tensor_types import GROUP_SIZE
 
 _SOURCE = Path(__file__).with_name("group_descent.c")
 _FLAGS = ["-std=c11", "-O3", "-march=native", "-mprefer-vector-width=512", "-shared", "-fPIC"]
-# How many scale steps below the least that does not clip are tried, and how many above. The steps are 3/8, 3/16 and 3/32
-# octave: clipping the largest weight to about half pays for few levels, not for 16 (measured in tools/LOG.md).
-SEARCH_WINDOW = {2: (4, 1), 3: (6, 1), 4: (8, 4)}
 
 
 class _Descent(ctypes.Structure):
@@ -42,22 +39,13 @@ class _Descent(ctypes.Structure):
     )
 
 
-def _machine() -> str:
-    """What -march=native depends on: a cache may be shared by different machines."""
-    try:
-        flags = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(("flags", "Features")))
-    except (OSError, StopIteration):
-        flags = platform.processor()
-    return f"{sys.platform} {platform.machine()} {flags}"
-
-
 @lru_cache(maxsize=None)
 def _library() -> ctypes.CDLL:
     """The compiled library. Raises TacqError if there is no C compiler, or it fails."""
     compiler = os.environ.get("CC") or next((name for name in ("cc", "gcc", "clang") if shutil.which(name)), None)
     if compiler is None:
         raise TacqError("There is no C compiler for the quantizer; install one (on Debian and Ubuntu: sudo apt-get install gcc).")
-    key = hashlib.sha256("\n".join([_SOURCE.read_text(), *_FLAGS, compiler, _machine()]).encode()).hexdigest()[:16]
+    key = hashlib.sha256("\n".join([_SOURCE.read_text(), *_FLAGS, compiler, machine_identity()]).encode()).hexdigest()[:16]
     target = cache_dir() / "quantizer" / f"group_descent-{key}.so"
     if not target.is_file():
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -77,12 +65,6 @@ def _library() -> ctypes.CDLL:
 
 
 @lru_cache(maxsize=None)
-def _codec_tables(bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    codec = CODECS[bits]
-    return torch.from_numpy(codec.scale_of_byte.copy()), torch.from_numpy(codec.codebooks.copy()).contiguous()
-
-
-@lru_cache(maxsize=None)
 def _pool(n_threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(n_threads)
 
@@ -95,7 +77,7 @@ class PanelDescent:
 
     def __init__(self, bits: int, n_rows: int, passes: int = 2):
         self._library = _library()
-        self._scales, self._levels = _codec_tables(bits)
+        self._scales, _, self._levels = codec_tables(bits, torch.device("cpu"))
         self._n_rows = n_rows
         codec = CODECS[bits]
         self._task = _Descent(bits=bits, n_books=len(codec.levels), scale_bits=codec.scale_bits, passes=passes,

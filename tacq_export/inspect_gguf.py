@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,11 @@ from .write_gguf import field_value, numpy_shape, open_gguf, raw_bytes
 
 _SHADES = " .:-=+*#%@"
 _KEYS = ("general.name", "general.architecture", "tacq.format_version", "tacq.base_model", "tacq.task", "tacq.score", "tacq.ratio", "tacq.n_samples", "tacq.seq_len")
+
+
+def is_linear(name: str, shape: Sequence[int]) -> bool:
+    """A matrix of a block: neither embedding nor head nor norm."""
+    return len(shape) > 1 and name.startswith("blk.")
 
 
 @dataclass(frozen=True)
@@ -37,8 +43,7 @@ class TensorFacts:
 
     @property
     def is_linear(self) -> bool:
-        """A matrix of a block: neither embedding nor head nor norm."""
-        return len(self.shape) > 1 and self.name.startswith("blk.")
+        return is_linear(self.name, self.shape)
 
 
 @dataclass(frozen=True)

@@ -74,8 +74,7 @@ def export(config: ExportConfig, reporter: Reporter | None = None) -> ExportResu
     need_space(config.outfile.parent, 1.1e-9 * upper_bound_bytes(loaded), "the output", "give --outfile on a larger disk")
     need_space(work.calibration, 1e-9 * disk_bytes(loaded, head, work.calibration), "the calibration", "give --workdir on a larger disk")
 
-    power = 2 if config.score == "fisher" else 1
-    calibration = calibrate(loaded, head, texts, power, config.hessian == "gradient", config.precision == "bf16", work.calibration, reporter)
+    calibration = calibrate(loaded, head, texts, config.gradient_power, config.hessian == "gradient", config.precision == "bf16", work.calibration, reporter)
     selection = work.load_selection()
     if selection is None:
         error = reference_error(loaded.linear, calibration, config, reporter)

@@ -13,11 +13,11 @@ from .errors import TacqError
 from .load_model import LinkedTensor, LoadedModel
 from .predict_loss import BITS, embedding_loss, kept_shares, options_for
 from .reporting import Reporter
-from .score_weights import saliency, score_weights
+from .score_weights import saliency, score_tensor, score_weights
 from .select_weights import MOST_COLUMNS, TensorSelection, global_top, keep_for_target, select_weights
 from .sparse_section import capacity
 from .tensor_types import TYPES_BY_NAME, TensorType
-from .write_gguf import numpy_shape, type_bytes
+from .write_gguf import numpy_shape, padded, type_bytes
 
 ReferenceError = Callable[[LinkedTensor, int], torch.Tensor]
 # Our keys and the table of tensors grow the header of the float file by less than this.
@@ -67,22 +67,19 @@ def plan_types(
     given = {name: kind for name, asked in fixed.items() if (kind := ours(asked))}
     selection: dict[str, TensorSelection] = {}
 
-    def score(tensors: list[LinkedTensor], bits_of: Callable[[str], int]) -> dict[str, torch.Tensor]:
-        error = lambda tensor: reference_error(tensor, bits_of(tensor.name))  # noqa: E731
-        return score_weights(config.score, tensors, calibration.gradient, error, config.seed, reporter)
-
     if config.allocates:
         given |= allocate_types(loaded, calibration, texts, head, linear, fixed, config, reporter)
     elif linear:
-        scores = score(linear, lambda name: config.base.bits)
+        scores = score_weights(config.score, linear, calibration.gradient, lambda t: reference_error(t, config.base.bits), config.seed, reporter)
         selection = select_weights(scores, config.base, _n_to_keep(scores, loaded, fixed, config) if not config.no_kept else 0)
         del scores
-    for tensor in loaded.linear:  # the types are decided, so each has its own top; one saliency in memory at a time
-        kind = given.get(tensor.name)
-        if kind is not None and kind.p:
-            room = max(capacity(tensor.shape[0], tensor.weight.numel(), kind.p), 0)
-            kept = global_top(score([tensor], lambda name: kind.bits), min(room, tensor.weight.numel()))[tensor.name]
-            selection[tensor.name] = TensorSelection(kind, kept, len(kept))
+    mixed = [t for t in loaded.linear if t.name in given and given[t.name].p]
+    for tensor in reporter.track(mixed, "scoring"):  # the types are decided, so each has its own top; one saliency in memory at a time
+        kind = given[tensor.name]
+        room = max(capacity(tensor.shape[0], tensor.weight.numel(), kind.p), 0)
+        score = score_tensor(config.score, tensor, calibration.gradient, lambda t: reference_error(t, kind.bits), config.seed)  # noqa: B023
+        kept = global_top({tensor.name: score}, min(room, tensor.weight.numel()))[tensor.name]
+        selection[tensor.name] = TensorSelection(kind, kept, len(kept))
     nothing = torch.empty(0, dtype=torch.int64)
     return selection | {name: TensorSelection(kind, nothing, 0) for name, kind in given.items() if name not in selection}
 
@@ -93,7 +90,7 @@ def _n_to_keep(scores: dict[str, torch.Tensor], loaded: LoadedModel, fixed: dict
         return round(config.ratio * sum(s.numel() for s in scores.values()))
     shapes = {name: tuple(s.shape) for name, s in scores.items()}
     n_free = sum(s.numel() for s in scores.values())
-    spent = sum(type_bytes(t.shape, fixed[t.name]) for t in loaded.linear if t.name in fixed)
+    spent = _bytes_of_fixed(loaded, fixed)
     if n_free < loaded.n_linear:
         least = 8 * (spent + config.base.nbytes(n_free)) / loaded.n_linear
         if least > config.bpw_limit:
@@ -115,9 +112,8 @@ def allocate_types(
         of_rows = lambda rows, error: saliency(config.score, tensor.name, tensor.weight.cpu()[rows], gradient[rows], error, config.seed)  # noqa: E731,B023
         options[tensor.name] = options_for(tensor, losses[tensor.name], kept_shares(tensor, gradient, of_rows))
     if config.target_size is None:
-        every = {t.name: t for t in loaded.linear}
         budget = int(config.bpw_limit * loaded.n_linear / 8)
-        spent = sum(type_bytes(every[name].shape, kind) for name, kind in fixed.items() if name in every)
+        spent = _bytes_of_fixed(loaded, fixed)
         flag = f"--target-bpw {config.bpw_limit:g}"
         unit = lambda n: f"{8 * n / loaded.n_linear:.3f} bits per weight"  # noqa: E731
     else:
@@ -132,7 +128,7 @@ def allocate_types(
         budget = parse_size(config.target_size)
         spent = _bytes_of_the_rest(loaded, options, fixed)
         align = int(loaded.reference.alignment)
-        options = {name: [Option(o.type, _padded(o.n_bytes, align), o.loss) for o in choice] for name, choice in options.items()}
+        options = {name: [Option(o.type, padded(o.n_bytes, align), o.loss) for o in choice] for name, choice in options.items()}
         flag, unit = f"--target-size {config.target_size}", lambda n: f"{n} bytes"
     if not options:
         return {}
@@ -145,8 +141,9 @@ def allocate_types(
     return {name: o.type for name, o in chosen.items()}
 
 
-def _padded(n_bytes: int, alignment: int) -> int:
-    return -(-n_bytes // alignment) * alignment
+def _bytes_of_fixed(loaded: LoadedModel, fixed: dict[str, str]) -> int:
+    """Bytes of the blocks' matrices whose type the user decided."""
+    return sum(type_bytes(t.shape, fixed[t.name]) for t in loaded.linear if t.name in fixed)
 
 
 def _bytes_of_the_rest(loaded: LoadedModel, options: dict[str, list[Option]], fixed: dict[str, str]) -> int:
@@ -155,7 +152,7 @@ def _bytes_of_the_rest(loaded: LoadedModel, options: dict[str, list[Option]], fi
     for tensor in loaded.reference.tensors:
         if tensor.name not in options:
             size = type_bytes(numpy_shape(tensor), fixed[tensor.name]) if tensor.name in fixed else int(tensor.n_bytes)
-            spent += _padded(size, int(loaded.reference.alignment))
+            spent += padded(size, int(loaded.reference.alignment))
     return spent
 
 

@@ -18,9 +18,10 @@ class Reporter:
         """Step `done` of `total` of the work called `what` is finished; `done == total` ends it."""
 
     def track(self, items: Collection[T], what: str) -> Iterator[T]:
-        """Yield `items`, reporting each as it is finished."""
+        """Yield `items`, reporting each as it is finished; of none there is nothing to report."""
         total = len(items)
-        self.progress(0, total, what)
+        if total:
+            self.progress(0, total, what)
         for done, item in enumerate(items, 1):
             yield item
             self.progress(done, total, what)

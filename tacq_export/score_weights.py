@@ -51,6 +51,22 @@ def saliency(
     return gradient * error.abs() * weight.abs()
 
 
+def score_tensor(
+    score: str, tensor: LinkedTensor, gradient: Callable[[str], torch.Tensor], reference_error: Callable[[LinkedTensor], torch.Tensor], seed: int
+) -> torch.Tensor:
+    """Saliency of one matrix, float32 [rows, columns], torch's row order.
+
+    gradient(name) gives G or F, as the score needs; reference_error(tensor) gives W - Q(W). Raises TacqError when a saliency
+    is not finite.
+    """
+    error = reference_error(tensor) if score in NEEDS_REFERENCE else None
+    sums = gradient(tensor.name) if score in NEEDS_GRADIENT else None
+    found = saliency(score, tensor.name, tensor.weight, sums, error, seed)
+    if not torch.isfinite(found).all():
+        raise TacqError(f"tensor '{tensor.name}': the score '{score}' is not finite; a gradient overflowed, check the model and the task.")
+    return found
+
+
 def score_weights(
     score: str,
     linear: Sequence[LinkedTensor],
@@ -59,16 +75,5 @@ def score_weights(
     seed: int,
     reporter: Reporter,
 ) -> dict[str, torch.Tensor]:
-    """{GGUF name: saliency, float32 [rows, columns], torch's row order} of the matrices `linear`.
-
-    gradient(name) gives G or F, as GRADIENT_POWER says; reference_error(tensor) gives W - Q(W). Raises TacqError when a
-    saliency is not finite.
-    """
-    scores = {}
-    for tensor in reporter.track(linear, "scoring"):
-        error = reference_error(tensor) if score in NEEDS_REFERENCE else None
-        sums = gradient(tensor.name) if score in NEEDS_GRADIENT else None
-        scores[tensor.name] = saliency(score, tensor.name, tensor.weight, sums, error, seed)
-        if not torch.isfinite(scores[tensor.name]).all():
-            raise TacqError(f"tensor '{tensor.name}': the score '{score}' is not finite; a gradient overflowed, check the model and the task.")
-    return scores
+    """{GGUF name: `score_tensor`} of the matrices `linear`."""
+    return {t.name: score_tensor(score, t, gradient, reference_error, seed) for t in reporter.track(linear, "scoring")}

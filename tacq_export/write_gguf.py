@@ -28,8 +28,17 @@ class PlannedTensor:
 
     @property
     def nbytes(self) -> int:
-        block, size = gguf.GGML_QUANT_SIZES[self.type]
-        return int(np.prod(self.shape)) // block * size
+        return _bytes(self.shape, self.type)
+
+
+def _bytes(shape: tuple[int, ...], qtype: gguf.GGMLQuantizationType) -> int:
+    block, size = gguf.GGML_QUANT_SIZES[qtype]
+    return int(np.prod(shape)) // block * size
+
+
+def padded(n_bytes: int, alignment: int) -> int:
+    """What a tensor of that many bytes takes in a file."""
+    return -(-n_bytes // alignment) * alignment
 
 
 class _Reader(gguf.GGUFReader):
@@ -191,9 +200,7 @@ def dequantize_gguf(source: Path | str, outfile: Path, type_name: str, reporter:
 
 def type_bytes(shape: tuple[int, ...], name: str) -> int:
     """Bytes of a tensor of that shape in one of our types or a stock one."""
-    qtype = our_type(name) if name.upper() in TYPES_BY_NAME else gguf.GGMLQuantizationType[name.upper()]
-    block, size = gguf.GGML_QUANT_SIZES[qtype]
-    return int(np.prod(shape)) // block * size
+    return _bytes(shape, our_type(name) if name.upper() in TYPES_BY_NAME else gguf.GGMLQuantizationType[name.upper()])
 
 
 def our_type(name: str) -> gguf.GGMLQuantizationType:

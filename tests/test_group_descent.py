@@ -218,7 +218,7 @@ def test_the_library_is_compiled_once_and_used_again(cache, monkeypatch):
 
 def test_another_source_or_another_machine_is_compiled_anew(cache, monkeypatch, tmp_path):
     PanelDescent(2, 1)
-    monkeypatch.setattr(group_descent, "_machine", lambda: "another")
+    monkeypatch.setattr(group_descent, "machine_identity", lambda: "another")
     group_descent._library.cache_clear()
     PanelDescent(2, 1)
     changed = tmp_path / "group_descent.c"

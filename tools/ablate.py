@@ -23,9 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from fetch_models import MODELS, fetch_model  # noqa: E402
 
-from tacq_export.cli import ConsoleReporter, positive  # noqa: E402
+from tacq_export.cli import ConsoleReporter, guarded, positive  # noqa: E402
 from tacq_export.config import SCORES, ExportConfig  # noqa: E402
-from tacq_export.errors import TacqError  # noqa: E402
 from tacq_export.load_model import make_reference  # noqa: E402
 from tacq_export.load_task import gguf_tokenizer, load_task, tokenize_task  # noqa: E402
 from tacq_export.pipeline import export  # noqa: E402
@@ -55,6 +54,45 @@ def experiments(data: Path | None) -> list[tuple[str, str, dict]]:
     return found
 
 
+def run(args: argparse.Namespace) -> None:
+    """Every experiment that the results do not have yet."""
+    name = args.name or Path(args.model).name.removesuffix(".gguf").lower()
+    out, work = args.out or TOOLS / "results" / f"ablation-{name}.json", args.workdir or Path(f"ablate-{name}.work")
+    reporter = ConsoleReporter()
+    model = str(fetch_model(args.model)) if args.model in MODELS else args.model
+    work.mkdir(parents=True, exist_ok=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    reference = work / "reference.gguf"
+    if not reference.is_file():
+        make_reference(model, reference, reporter)
+    tokenizer = gguf_tokenizer(reference)
+    held_out = {"gsm8k": args.data / "gsm8k" / "test.jsonl" if args.data else DATA / "gsm8k-test-24.jsonl"}
+    if args.data:
+        held_out["spider"] = args.data / "spider" / "eval.jsonl"
+    texts = {task: tokenize_task(load_task(path), tokenizer, args.n_eval, 2048) for task, path in held_out.items()}
+    rows = json.loads(out.read_text()) if out.is_file() else []
+    for experiment, label, options in experiments(args.data):
+        if args.only and experiment not in args.only or any((row["experiment"], row["name"]) == (experiment, label) for row in rows):
+            continue
+        print(f"\n== {experiment}: {label}", file=sys.stderr, flush=True)
+        task = options.get("task", DATA / "gsm8k-train-128.jsonl")
+        # What calibrates alike shares a work folder, and calibrates once.
+        shared = work / "-".join([task.stem, str(options.get("n_samples", args.n_samples)), options.get("hessian", "gradient"), str(options.get("score") == "fisher")])
+        plain = {"task": task, "n_samples": args.n_samples, "token_embedding_type": "f16", "output_tensor_type": "f16", "threads": args.threads}
+        outfile = work / "now.gguf"
+        started = time.monotonic()
+        result = export(ExportConfig(model=model, outfile=outfile, workdir=shared, force=True, **(plain | options)), reporter)
+        row = {"experiment": experiment, "name": label, "bpw_linear": round(result.bpw_linear, 4), "file_bytes": result.file_bytes, "kept": result.kept}
+        for held, tokens in texts.items():
+            quality = compare_models(reference, outfile, tokens, args.threads, lambda done, total: reporter.progress(done, total, "measuring"))
+            row |= {f"{held}_kl": round(quality.kl, 5), f"{held}_kl_stderr": round(quality.kl_stderr, 5), f"{held}_ppl": round(quality.ppl, 4), f"{held}_top1": round(quality.top1, 4)}
+        rows.append(row | {"seconds": round(time.monotonic() - started)})
+        with written_atomically(out) as partial:
+            partial.write_text("[" + ",\n ".join(map(json.dumps, rows)) + "]\n")
+        print(json.dumps(rows[-1]), flush=True)
+        outfile.unlink()
+
+
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="tools/ablate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", metavar="MODEL", help=f"{', '.join(MODELS)}, or the path of a GGUF")
@@ -67,46 +105,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("-w", "--workdir", type=Path, metavar="DIR", help="default ablate-NAME.work")
     parser.add_argument("--threads", "-t", type=positive, metavar="N")
     args = parser.parse_args(argv)
-    name = args.name or Path(args.model).name.removesuffix(".gguf").lower()
-    out, work = args.out or TOOLS / "results" / f"ablation-{name}.json", args.workdir or Path(f"ablate-{name}.work")
-    reporter = ConsoleReporter()
-    try:
-        model = str(fetch_model(args.model)) if args.model in MODELS else args.model
-        work.mkdir(parents=True, exist_ok=True)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        reference = work / "reference.gguf"
-        if not reference.is_file():
-            make_reference(model, reference, reporter)
-        tokenizer = gguf_tokenizer(reference)
-        held_out = {"gsm8k": args.data / "gsm8k" / "test.jsonl" if args.data else DATA / "gsm8k-test-24.jsonl"}
-        if args.data:
-            held_out["spider"] = args.data / "spider" / "eval.jsonl"
-        texts = {task: tokenize_task(load_task(path), tokenizer, args.n_eval, 2048) for task, path in held_out.items()}
-        rows = json.loads(out.read_text()) if out.is_file() else []
-        for experiment, label, options in experiments(args.data):
-            if args.only and experiment not in args.only or any((row["experiment"], row["name"]) == (experiment, label) for row in rows):
-                continue
-            print(f"\n== {experiment}: {label}", file=sys.stderr, flush=True)
-            task = options.get("task", DATA / "gsm8k-train-128.jsonl")
-            # What calibrates alike shares a work folder, and calibrates once.
-            shared = work / "-".join([task.stem, str(options.get("n_samples", args.n_samples)), options.get("hessian", "gradient"), str(options.get("score") == "fisher")])
-            plain = {"task": task, "n_samples": args.n_samples, "token_embedding_type": "f16", "output_tensor_type": "f16", "threads": args.threads}
-            outfile = work / "now.gguf"
-            started = time.monotonic()
-            result = export(ExportConfig(model=model, outfile=outfile, workdir=shared, force=True, **(plain | options)), reporter)
-            row = {"experiment": experiment, "name": label, "bpw_linear": round(result.bpw_linear, 4), "file_bytes": result.file_bytes, "kept": result.kept}
-            for held, tokens in texts.items():
-                quality = compare_models(reference, outfile, tokens, args.threads, lambda done, total: reporter.progress(done, total, "measuring"))
-                row |= {f"{held}_kl": round(quality.kl, 5), f"{held}_kl_stderr": round(quality.kl_stderr, 5), f"{held}_ppl": round(quality.ppl, 4), f"{held}_top1": round(quality.top1, 4)}
-            rows.append(row | {"seconds": round(time.monotonic() - started)})
-            with written_atomically(out) as partial:
-                partial.write_text("[" + ",\n ".join(map(json.dumps, rows)) + "]\n")
-            print(json.dumps(rows[-1]), flush=True)
-            outfile.unlink()
-    except TacqError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return guarded(lambda: run(args), "interrupted; the same command goes on")
 
 
 if __name__ == "__main__":

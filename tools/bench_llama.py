@@ -14,7 +14,6 @@ least and the largest behind them. `--json` prints a list of {"type", "threads",
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import re
 import statistics
@@ -28,10 +27,11 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tacq_export.block_codec import unpack_blocks  # noqa: E402
+from tacq_export.emulate_stock import ggml_quantize  # noqa: E402
 from tacq_export.errors import TacqError  # noqa: E402
 from tacq_export.pack_tensor import QuantizedTensor, dequantize  # noqa: E402
 from tacq_export.reporting import Reporter  # noqa: E402
-from tacq_export.runtime import runtime_path, tool  # noqa: E402
+from tacq_export.runtime import tool  # noqa: E402
 from tacq_export.runtime_source import cache_dir  # noqa: E402
 from tacq_export.sparse_section import KeptWeights, capacity, pack_sparse  # noqa: E402
 from tacq_export.tensor_types import TYPES_BY_NAME  # noqa: E402
@@ -61,22 +61,11 @@ def gguf_type(name: str) -> gguf.GGMLQuantizationType:
     return gguf.GGMLQuantizationType[name]
 
 
-def quantize_in_c(base: ctypes.CDLL, qtype: int, weights: np.ndarray) -> np.ndarray:
-    """uint8 [rows, bytes a row]: `weights` (float32 [rows, columns]) in a type of ggml, all columns of the same importance."""
-    rows, columns = weights.shape
-    base.ggml_row_size.restype = base.ggml_quantize_chunk.restype = ctypes.c_size_t
-    data = np.empty((rows, base.ggml_row_size(qtype, ctypes.c_int64(columns))), np.uint8)
-    pointer, number = ctypes.c_void_p, ctypes.c_int64
-    base.ggml_quantize_chunk.argtypes = [ctypes.c_int, pointer, pointer, number, number, number, pointer]
-    importance = np.ones(columns, np.float32)  # IQ2 types demand it
-    base.ggml_quantize_chunk(qtype, weights.ctypes.data, data.ctypes.data, 0, rows, columns, importance.ctypes.data)
-    return data
-
-
-def quantize(base: ctypes.CDLL, type_name: str, weights: np.ndarray) -> np.ndarray:
+def quantize(type_name: str, weights: np.ndarray) -> np.ndarray:
     """uint8 bytes of a tensor. For a mixed type of ours the largest rounding errors are kept, as many as fit."""
     t = TYPES_BY_NAME.get(type_name)
-    data = quantize_in_c(base, int(gguf.GGMLQuantizationType[type_name]) if t is None else t.base.id, weights)
+    alike = np.ones(weights.shape[1], np.float32)  # IQ2 types demand an importance
+    data = ggml_quantize(weights, gguf_type(type_name if t is None else t.base.name), alike)
     if t is None or t.p == 0:
         return data.reshape(-1)
     rows, columns = weights.shape
@@ -95,7 +84,6 @@ def make_file(model: Path, type_name: str, ends: str, workdir: Path, reporter: R
         return path
     workdir.mkdir(parents=True, exist_ok=True)
     print(f"making {path.name}", file=sys.stderr, flush=True)
-    base = ctypes.CDLL(str(runtime_path() / "libggml-base.so"))
     reader, planned, done = open_gguf(model), [], {}
     for tensor in reader.tensors:
         shape = numpy_shape(tensor)
@@ -109,7 +97,7 @@ def make_file(model: Path, type_name: str, ends: str, workdir: Path, reporter: R
         def data(tensor=tensor, shape=shape, wanted=wanted) -> np.ndarray:
             key = (re.sub(r"^blk\.\d+\.", "", tensor.name), shape)
             if key not in done:
-                done[key] = quantize(base, wanted, np.ascontiguousarray(tensor_values(tensor).reshape(-1, shape[-1])))
+                done[key] = quantize(wanted, np.ascontiguousarray(tensor_values(tensor).reshape(-1, shape[-1])))
             return done[key]
 
         planned.append(PlannedTensor(tensor.name, shape, gguf_type(wanted), data))

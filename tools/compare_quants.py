@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from fetch_models import MODELS, fetch_model  # noqa: E402
 
-from tacq_export.cli import ConsoleReporter, positive  # noqa: E402
+from tacq_export.cli import ConsoleReporter, guarded, positive  # noqa: E402
 from tacq_export.compare_rows import json_line, table, write_json  # noqa: E402
 from tacq_export.compare_stock import CompareConfig, Scoring, check_inputs, claim_workdir, compare_stock  # noqa: E402
 from tacq_export.errors import TacqError  # noqa: E402
@@ -135,34 +135,28 @@ def export_files(args: argparse.Namespace, config: CompareConfig) -> list[Path]:
     return files + args.files
 
 
-def main(argv: list[str]) -> int:
-    args = arguments(argv)
-    try:
-        check_picture()
-        config = configuration(args)
-        check_inputs(replace(config, files=args.files))
-        claim_workdir(config)
-        files = export_files(args, config)
-        alone = not files and config.types is not None  # stock types were asked for, and nothing of ours
-        config = replace(config, files=files if files or alone else None)
-        rows = compare_stock(config, ConsoleReporter())
-        args.out.mkdir(parents=True, exist_ok=True)
-        write_json(rows, args.out / f"compare-{args.name}.json")
-        if len(rows) > 1:  # more than the reference alone
-            about = f"calibrated on {config.task.stem}; KL on {rows[0].n_tokens} tokens of {config.held_out.parent.name}/{config.held_out.name}"
-            plot_compare(rows, args.out / f"compare-{args.name}.png", args.name, about)
-    except TacqError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        print(f"error: {error.strerror or error}{f': {error.filename}' if error.filename else ''}; check the path, its permissions and the free space.", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on", file=sys.stderr)
-        return 130
+def run(args: argparse.Namespace) -> None:
+    """Export, measure, write the results and print them."""
+    check_picture()
+    config = configuration(args)
+    check_inputs(replace(config, files=args.files))
+    claim_workdir(config)
+    files = export_files(args, config)
+    alone = not files and config.types is not None  # stock types were asked for, and nothing of ours
+    config = replace(config, files=files if files or alone else None)
+    rows = compare_stock(config, ConsoleReporter())
+    args.out.mkdir(parents=True, exist_ok=True)
+    write_json(rows, args.out / f"compare-{args.name}.json")
+    if len(rows) > 1:  # more than the reference alone
+        about = f"calibrated on {config.task.stem}; KL on {rows[0].n_tokens} tokens of {config.held_out.parent.name}/{config.held_out.name}"
+        plot_compare(rows, args.out / f"compare-{args.name}.png", args.name, about)
     print("\n".join(table(rows)))
     print(json_line(rows))
-    return 0
+
+
+def main(argv: list[str]) -> int:
+    args = arguments(argv)
+    return guarded(lambda: run(args), "interrupted; the same command goes on")
 
 
 if __name__ == "__main__":
