@@ -9,8 +9,9 @@ better than both that and equal weights (tools/LOG.md).
     gradients.safetensors      NAME: sum over examples of |dL/dW|^power of every matrix of the blocks; at its outputs (and
                                those of head and embedding) NAME/tokens float32 [tokens]: |dL/dy_t|^2, and NAME/rows float32
                                [rows]: sum_t (dL/dy_tr)^2
-    hessians/N.safetensors     H of the N-th group of matrices with the same input
+    hessians/N.safetensors     H of the N-th group of matrices with the same input, and diag(H^-1) with 1 % damping
     hessians/N.json            predicted loss of each of them at each width (predict_loss.py)
+    hessians/N.kept-S.json     what keeping weights by the score S takes off it, once an allocation has asked
 """
 
 from __future__ import annotations
@@ -27,8 +28,10 @@ from safetensors.torch import save_file
 from .collect_hessians import collect_hessians, group_by_input, split_by_memory
 from .errors import TacqError
 from .load_model import LinkedTensor, LoadedModel
-from .predict_loss import predict_losses
+from .predict_loss import SAMPLE_DAMPING, kept_shares, predict_losses
+from .quantize_gptq import damped_hessian, inverse_diagonal
 from .reporting import Reporter
+from .score_weights import NEEDS_CURVATURE, NEEDS_STATISTIC
 from .write_gguf import written_atomically
 
 # Hessians held at once; more matrices than fit take further passes over the calibration texts.
@@ -55,6 +58,30 @@ class Calibration:
     def hessian(self, group: int) -> torch.Tensor:
         """float32 [columns, columns]: sum over tokens of w_t x_t x_t^T, the mean of w_t being 1."""
         return _read(self.folder / "hessians" / f"{group}.safetensors", "hessian")
+
+    def curvature(self, name: str) -> torch.Tensor:
+        """float32 [rows, columns]: a_r / [H^-1]_jj, twice the loss per squared change of one weight whose row makes up for it."""
+        inverse = _read(self.folder / "hessians" / f"{self.group_of(name)}.safetensors", "inverse_diagonal")
+        return self.row_energy(name)[:, None] / inverse
+
+    def statistic(self, score: str) -> Callable[[str], torch.Tensor]:
+        """name -> what a score multiplies with (score_weights.py)."""
+        return self.curvature if score in NEEDS_CURVATURE else self.gradient
+
+    def group_of(self, name: str) -> int:
+        return next(k for k, group in enumerate(self.groups) if any(t.name == name for t in group))
+
+    def kept_shares(self, group: int, score: str, seed: int) -> dict[str, dict[int, list[float]]]:
+        """{name: `kept_shares`} of the matrices of a group; made when they are first asked for, then on disk."""
+        path = self.folder / "hessians" / f"{group}.kept-{score}.json"
+        if not path.is_file():
+            hessian, statistic, shares = damped_hessian(self.hessian(group), SAMPLE_DAMPING), self.statistic(score), {}
+            for t in self.groups[group]:
+                of = statistic(t.name) if score in NEEDS_STATISTIC else None
+                shares[t.name] = kept_shares(t, hessian, self.row_energy(t.name), score, of, seed)
+            with written_atomically(path) as partial:
+                partial.write_text(json.dumps(shares))
+        return {name: {int(bits): s for bits, s in of_bits.items()} for name, of_bits in json.loads(path.read_text()).items()}
 
     def losses_file(self, group: int) -> Path:
         return self.folder / "hessians" / f"{group}.json"
@@ -103,13 +130,14 @@ def calibrate(
             both = collect_hessians(loaded.model, part * 2, texts, weights + [token_weights(s) for s in squared], reporter, what)
         for k, (group, hessian, fisher) in enumerate(zip(part, both[: len(part)], both[len(part) :], strict=True), done):
             with written_atomically(folder / "hessians" / f"{missing[k]}.safetensors") as partial:
-                save_file({"hessian": hessian.cpu()}, partial)
-            losses = {t.name: predict_losses(t, hessian.cpu(), fisher.cpu(), calibration.row_energy(t.name), calibration.n_tokens) for t in group}
+                save_file({"hessian": hessian.cpu(), "inverse_diagonal": inverse_diagonal(hessian, SAMPLE_DAMPING, group[0].name).cpu()}, partial)
+            damped = damped_hessian(hessian, SAMPLE_DAMPING).cpu()
+            losses = {t.name: predict_losses(t, damped, fisher.cpu(), calibration.row_energy(t.name), calibration.n_tokens) for t in group}
             with written_atomically(calibration.losses_file(missing[k])) as partial:
                 partial.write_text(json.dumps(losses))
             reporter.progress(k - done + 1, len(part), f"predicting losses {i + 1}/{len(parts)}")
         done += len(part)
-        del both, hessian, fisher  # the next part needs the memory
+        del both, hessian, fisher, damped  # the next part needs the memory
     return calibration
 
 

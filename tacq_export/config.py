@@ -11,7 +11,7 @@ from pathlib import Path
 from .errors import TacqError
 from .tensor_types import TYPES_BY_NAME, TensorType
 
-SCORES = ("tacq", "fisher", "magnitude", "gradient", "random", "tacq-no-magnitude", "tacq-no-error")
+SCORES = ("obs", "tacq", "fisher", "magnitude", "gradient", "random", "tacq-no-magnitude", "tacq-no-error")
 REFERENCES = ("rtn", "gptq")
 HESSIANS = ("gradient", "plain")
 PRECISIONS = ("f32", "bf16")
@@ -58,7 +58,7 @@ class ExportConfig:
     model: str
     task: Path
     outfile: Path
-    score: str = "tacq"
+    score: str = "obs"
     reference: str = "rtn"
     ratio: float | None = None
     target_bpw: float | None = None

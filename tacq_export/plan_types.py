@@ -11,9 +11,9 @@ from .calibrate import EMBEDDING_OUTPUT, Calibration
 from .config import DEFAULT_EMBEDDING_TYPE, ExportConfig, parse_size
 from .errors import TacqError
 from .load_model import LinkedTensor, LoadedModel
-from .predict_loss import BITS, embedding_loss, kept_shares, options_for
+from .predict_loss import BITS, embedding_loss, options_for
 from .reporting import Reporter
-from .score_weights import saliency, score_tensor, score_weights
+from .score_weights import score_tensor, score_weights
 from .select_weights import MOST_COLUMNS, TensorSelection, global_top, keep_for_target, select_weights
 from .sparse_section import capacity
 from .tensor_types import TYPES_BY_NAME, TensorType
@@ -70,14 +70,14 @@ def plan_types(
     if config.allocates:
         given |= allocate_types(loaded, calibration, texts, head, linear, fixed, config, reporter)
     elif linear:
-        scores = score_weights(config.score, linear, calibration.gradient, lambda t: reference_error(t, config.base.bits), config.seed, reporter)
+        scores = score_weights(config.score, linear, calibration.statistic(config.score), lambda t: reference_error(t, config.base.bits), config.seed, reporter)
         selection = select_weights(scores, config.base, _n_to_keep(scores, loaded, fixed, config) if not config.no_kept else 0)
         del scores
     mixed = [t for t in loaded.linear if t.name in given and given[t.name].p]
     for tensor in reporter.track(mixed, "scoring"):  # the types are decided, so each has its own top; one saliency in memory at a time
         kind = given[tensor.name]
         room = max(capacity(tensor.shape[0], tensor.weight.numel(), kind.p), 0)
-        score = score_tensor(config.score, tensor, calibration.gradient, lambda t: reference_error(t, kind.bits), config.seed)  # noqa: B023
+        score = score_tensor(config.score, tensor, calibration.statistic(config.score), lambda t: reference_error(t, kind.bits), config.seed)  # noqa: B023
         kept = global_top({tensor.name: score}, min(room, tensor.weight.numel()))[tensor.name]
         selection[tensor.name] = TensorSelection(kind, kept, len(kept))
     nothing = torch.empty(0, dtype=torch.int64)
@@ -104,13 +104,11 @@ def allocate_types(
 ) -> dict[str, TensorType]:  # fmt: skip
     """{GGUF name: our type} of every tensor that is not fixed, of least predicted loss within the target. Raises TacqError if the smallest types exceed it."""
     losses, options = calibration.losses(), {}
-    for tensor in reporter.track(linear, "predicting what kept weights save"):
-        if config.no_kept:
-            options[tensor.name] = options_for(tensor, losses[tensor.name], {})
-            continue
-        gradient = calibration.gradient(tensor.name)
-        of_rows = lambda rows, error: saliency(config.score, tensor.name, tensor.weight.cpu()[rows], gradient[rows], error, config.seed)  # noqa: E731,B023
-        options[tensor.name] = options_for(tensor, losses[tensor.name], kept_shares(tensor, gradient, of_rows))
+    shares: dict[str, dict[int, list[float]]] = {}
+    groups = sorted({calibration.group_of(t.name) for t in linear})
+    for k in [] if config.no_kept else reporter.track(groups, "measuring what kept weights save"):
+        shares |= calibration.kept_shares(k, config.score, config.seed)
+    options |= {t.name: options_for(t, losses[t.name], shares.get(t.name, {})) for t in linear}
     if config.target_size is None:
         budget = int(config.bpw_limit * loaded.n_linear / 8)
         spent = _bytes_of_fixed(loaded, fixed)

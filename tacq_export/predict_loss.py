@@ -6,20 +6,21 @@ as independent of which output it is at, that is
 
     1/(2 T) sum_r a_r (D F D^T)_rr,   a_r = sum_t g_tr^2 / T,   F = sum_t w_t x_t x_t^T,   w_t = |g_t|^2 / mean
 
-D is not guessed: some rows of each matrix are quantized at 2, 3 and 4 bits. Kept weights take their share of the elementwise
-part sum_ij (G_ij D_ij)^2 off that. tools/LOG.md has how well the prediction ranks real files.
+D is not guessed: some rows of each matrix are quantized at 2, 3 and 4 bits, and with some of their weights kept. tools/LOG.md has how well the prediction ranks real files.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from .allocate_bits import Option
 from .fit_groups import dequantize_groups, round_to_nearest
 from .load_model import LinkedTensor
 from .quantize_gptq import quantize_gptq
+from .score_weights import saliency
 from .select_weights import MOST_COLUMNS
 from .sparse_section import capacity
 from .tensor_types import SPARSE_DENSITIES, TYPES_BY_NAME
@@ -28,6 +29,7 @@ SAMPLE_ROWS = 96
 SAMPLE_SWEEPS = 1
 SAMPLE_DAMPING = 0.01
 BITS = (2, 3, 4)
+SHARES_AT = (1, 4, 16)
 
 
 def sample_rows(n_rows: int) -> torch.Tensor:
@@ -35,16 +37,16 @@ def sample_rows(n_rows: int) -> torch.Tensor:
     return torch.linspace(0, n_rows - 1, min(SAMPLE_ROWS, n_rows)).round().long()
 
 
-def predict_losses(tensor: LinkedTensor, hessian: torch.Tensor, fisher: torch.Tensor, row_energy: torch.Tensor, n_tokens: int) -> dict[int, float]:
+def predict_losses(tensor: LinkedTensor, damped: torch.Tensor, fisher: torch.Tensor, row_energy: torch.Tensor, n_tokens: int) -> dict[int, float]:
     """{bits: nats a token} of a matrix with nothing kept.
 
-    hessian: what it will be quantized with; fisher: F, both float32 [columns, columns]; row_energy: float32 [rows], T a_r.
+    damped: what it will be quantized with, damping added; fisher: F, both float32 [columns, columns]; row_energy: float32 [rows], T a_r.
     """
     rows = sample_rows(tensor.shape[0])
     weight, energy = tensor.weight.cpu()[rows], row_energy[rows]
     loss = {}
     for bits in BITS:
-        result = quantize_gptq(bits, weight, hessian, None, SAMPLE_DAMPING, tensor.name, sweeps=SAMPLE_SWEEPS, feed_forward=False)
+        result = quantize_gptq(bits, weight, damped, None, 0.0, tensor.name, sweeps=SAMPLE_SWEEPS, feed_forward=False)
         error = weight - dequantize_groups(bits, result.codes, result.scale_bytes)
         of_rows = ((error @ fisher) * error).sum(1)
         # The sample's mean, weighted by row energies, stands for all rows.
@@ -53,29 +55,49 @@ def predict_losses(tensor: LinkedTensor, hessian: torch.Tensor, fisher: torch.Te
     return loss
 
 
-def kept_shares(tensor: LinkedTensor, gradient: torch.Tensor, saliency_of: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> dict[int, list[float]]:
-    """{bits: [share of the loss that each of SPARSE_DENSITIES removes]} of a matrix, estimated on the sampled rows.
+def kept_shares(
+    tensor: LinkedTensor, damped: torch.Tensor, row_energy: torch.Tensor, score: str, statistic: torch.Tensor | None, seed: int
+) -> dict[int, list[float]]:
+    """{bits: [share of the loss that each of SPARSE_DENSITIES removes]} of a matrix, measured on the sampled rows.
 
-    gradient: its gradient sum, float32 [rows, columns]; saliency_of(rows, error): the score of some rows for a W - Q(W).
+    Every second of them is quantized again with their most salient weights kept, at SHARES_AT; between those the share is a power of the number
+    kept, and 4 bits have the shares of 3. Elementwise estimates say three times too much: GPTQ makes up for most of
+    what a kept weight would save (tools/LOG.md). damped, row_energy: as `predict_losses` has them; statistic: of the score,
+    float32 [rows, columns].
     """
-    rows = sample_rows(tensor.shape[0])
-    weight, gradient = tensor.weight.cpu()[rows], gradient[rows]
+    rows = sample_rows(tensor.shape[0])[::2]
+    weight, energy = tensor.weight.cpu()[rows], row_energy[rows]
+    statistic = None if statistic is None else statistic[rows]
+    room = {p: max(capacity(tensor.shape[0], tensor.weight.numel(), p), 0) / tensor.weight.numel() for p in SPARSE_DENSITIES}
     shares = {}
-    for bits in BITS:
+    for bits in BITS[:2]:
+
+        def loss(mask: torch.Tensor | None, bits: int = bits) -> float:
+            result = quantize_gptq(bits, weight, damped, mask, 0.0, tensor.name, sweeps=SAMPLE_SWEEPS, feed_forward=False)
+            error = weight - dequantize_groups(bits, result.codes, result.scale_bytes)
+            error = error if mask is None else error - result.kept_values
+            return float((((error @ damped) * error).sum(1) * energy).sum())
+
         error = weight - dequantize_groups(bits, *round_to_nearest(bits, weight))
-        order = saliency_of(rows, error).reshape(-1).argsort(descending=True, stable=True)
-        shares[bits] = _shares(tensor, (gradient * error).square().double().reshape(-1)[order].cumsum(0))
-    return shares
+        order = saliency(score, tensor.name, weight, statistic, error, seed).reshape(-1).argsort(descending=True, stable=True)
+        nothing_kept, measured = loss(None), {}
+        for p in SHARES_AT:
+            mask = torch.zeros(weight.numel(), dtype=torch.bool)
+            mask[order[: round(room[p] * weight.numel())]] = True
+            if mask.any() and nothing_kept > 0:
+                measured[room[p]] = max(1 - loss(mask.reshape(weight.shape)) / nothing_kept, 0.0)
+        shares[bits] = [_between(measured, room[p]) for p in SPARSE_DENSITIES]
+    return shares | {BITS[2]: shares[BITS[1]]}
 
 
-def _shares(tensor: LinkedTensor, cumulated: torch.Tensor) -> list[float]:
-    """For each density the share of the loss that its capacity of kept weights takes off; cumulated: most salient first."""
-    shares = []
-    n_weights = tensor.shape[0] * tensor.shape[1]
-    for p in SPARSE_DENSITIES:
-        kept = round(max(capacity(tensor.shape[0], n_weights, p), 0) / n_weights * len(cumulated))
-        shares.append(float(cumulated[min(kept, len(cumulated)) - 1] / cumulated[-1].clamp_min(1e-300)) if kept else 0.0)
-    return shares
+def _between(measured: dict[float, float], density: float) -> float:
+    """The share at a density, from {density: share}: a power law between two of them, the root beyond the first."""
+    if density <= 0 or not any(measured.values()):
+        return 0.0
+    known = sorted((d, s) for d, s in measured.items() if s > 0)
+    if density <= known[0][0]:
+        return known[0][1] * (density / known[0][0]) ** 0.5
+    return float(np.exp(np.interp(np.log(density), *np.log(np.array(known)).T)))
 
 
 def options_for(tensor: LinkedTensor, loss: dict[int, float], shares: dict[int, list[float]]) -> list[Option]:

@@ -40,9 +40,9 @@ def relative_error(weights: torch.Tensor, quantized: torch.Tensor, hessian: torc
 
 
 def damped_hessian(hessian: torch.Tensor, damping: float) -> torch.Tensor:
-    """float64 H + damping * mean(diag H) * I; a column that no example ever used (zero diagonal) gets a unit diagonal, as in
+    """H + damping * mean(diag H) * I in H's precision; a column that no example ever used (zero diagonal) gets a unit diagonal, as in
     the official code."""
-    h = hessian.double().clone()
+    h = hessian.clone()
     diagonal = h.diagonal()
     diagonal[diagonal == 0] = 1.0
     diagonal += damping * diagonal.mean()
@@ -55,9 +55,23 @@ def inverse_hessian_cholesky(hessian: torch.Tensor, damping: float, name: str = 
     Raises TacqError if the matrix is not positive definite in spite of the damping.
     """
     try:
-        return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped_hessian(hessian, damping))), upper=True).float()
+        return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped_hessian(hessian.double(), damping))), upper=True).float()
     except torch.linalg.LinAlgError:
-        raise TacqError(f"tensor '{name}': the Hessian is not positive definite; use more or longer examples, or a damping above {damping}") from None
+        raise _not_positive(name, damping) from None
+
+
+def inverse_diagonal(hessian: torch.Tensor, damping: float, name: str = "") -> torch.Tensor:
+    """float32 [columns]: diag(damped_hessian(H)^-1), computed in float64. Raises TacqError as above."""
+    try:
+        lower = torch.linalg.cholesky(damped_hessian(hessian.double(), damping))
+    except torch.linalg.LinAlgError:
+        raise _not_positive(name, damping) from None
+    identity = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
+    return torch.linalg.solve_triangular(lower, identity, upper=False).square_().sum(0).float()  # H^-1 = L^-T L^-1
+
+
+def _not_positive(name: str, damping: float) -> TacqError:
+    return TacqError(f"tensor '{name}': the Hessian is not positive definite; use more or longer examples, or a damping above {damping}")
 
 
 def quantize_gptq(
@@ -74,7 +88,7 @@ def quantize_gptq(
     """Quantize one matrix, on the CPU.
 
     weights: float32 [rows, columns], columns a multiple of 64; hessian: [columns, columns]; kept: bool [rows, columns] or
-    None; upper: `inverse_hessian_cholesky(hessian, damping)` when the caller already has it (matrices with the same input
+    None; damping: 0 for a hessian that is float32, on the CPU and damped already; upper: `inverse_hessian_cholesky(hessian, damping)` when the caller already has it (matrices with the same input
     share it); sweeps: of coordinate descent; feed_forward: False leaves GPTQ's out (groups are rounded one by one), which needs no
     Cholesky factor. The damped loss never rises from sweep to sweep.
     """
@@ -83,7 +97,7 @@ def quantize_gptq(
     if upper is None and feed_forward:
         upper = inverse_hessian_cholesky(hessian, damping, name)
     weights = weights.cpu()
-    h = damped_hessian(hessian, damping).float().cpu()
+    h = damped_hessian(hessian, damping).float().cpu() if damping else hessian
     descend = PanelDescent(bits, rows)
     codes = torch.zeros((n_groups, rows, GROUP_SIZE), dtype=torch.uint8)  # panel by panel
     scale_bytes = torch.zeros((n_groups, rows), dtype=torch.uint8)

@@ -7,9 +7,13 @@ TaCQ, arXiv 2504.07389, sections 3.2 (quantization-aware localization) and 3.3 (
     tacq-no-magnitude   G * |W - Q(W)|
     tacq-no-error       G * |W|
     fisher              F * (W - Q(W))^2
+    obs                 a_r / [H^-1]_jj * W^2   (the least rise of the loss when the weight goes and its row makes up for it)
     gradient            G
     magnitude           |W|
     random              uniform
+
+`obs` is the saliency of the Optimal Brain Surgeon (Hassibi and Stork, 1992) for a loss a_r d H d^T of row r, with H and a_r of
+calibrate.py. It is not in the paper: with GPTQ making up for errors, it keeps what is worth more (tools/LOG.md).
 """
 
 from __future__ import annotations
@@ -24,16 +28,18 @@ from .load_model import LinkedTensor
 from .reporting import Reporter
 
 NEEDS_GRADIENT = {"tacq", "tacq-no-magnitude", "tacq-no-error", "gradient", "fisher"}
+NEEDS_CURVATURE = {"obs"}
+NEEDS_STATISTIC = NEEDS_GRADIENT | NEEDS_CURVATURE
 NEEDS_REFERENCE = {"tacq", "tacq-no-magnitude", "fisher"}
 
 
 def saliency(
-    score: str, name: str, weight: torch.Tensor, gradient: torch.Tensor | None, error: torch.Tensor | None, seed: int = 0
+    score: str, name: str, weight: torch.Tensor, statistic: torch.Tensor | None, error: torch.Tensor | None, seed: int = 0
 ) -> torch.Tensor:
     """Saliency of one matrix by the formula of `score`, float32, not negative.
 
-    gradient: G or F as the score needs; error: W - Q(W). Both may be None where the formula has none. The random score
-    depends on seed and name only.
+    statistic: G, F or a_r / [H^-1]_jj as the score needs; error: W - Q(W). Both may be None where the formula has none. The
+    random score depends on seed and name only.
     """
     if score == "random":
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))  # it uses 32 bits only
@@ -41,27 +47,28 @@ def saliency(
     if score == "magnitude":
         return weight.abs()
     if score == "gradient":
-        return gradient
+        return statistic
+    if score == "obs":
+        return statistic * weight.square()
     if score == "fisher":
-        return gradient * error.square()
+        return statistic * error.square()
     if score == "tacq-no-error":
-        return gradient * weight.abs()
+        return statistic * weight.abs()
     if score == "tacq-no-magnitude":
-        return gradient * error.abs()
-    return gradient * error.abs() * weight.abs()
+        return statistic * error.abs()
+    return statistic * error.abs() * weight.abs()
 
 
 def score_tensor(
-    score: str, tensor: LinkedTensor, gradient: Callable[[str], torch.Tensor], reference_error: Callable[[LinkedTensor], torch.Tensor], seed: int
+    score: str, tensor: LinkedTensor, statistic: Callable[[str], torch.Tensor], reference_error: Callable[[LinkedTensor], torch.Tensor], seed: int
 ) -> torch.Tensor:
     """Saliency of one matrix, float32 [rows, columns], torch's row order.
 
-    gradient(name) gives G or F, as the score needs; reference_error(tensor) gives W - Q(W). Raises TacqError when a saliency
+    statistic(name) gives G, F or a_r / [H^-1]_jj, as the score needs; reference_error(tensor) gives W - Q(W). Raises TacqError when a saliency
     is not finite.
     """
     error = reference_error(tensor) if score in NEEDS_REFERENCE else None
-    sums = gradient(tensor.name) if score in NEEDS_GRADIENT else None
-    found = saliency(score, tensor.name, tensor.weight, sums, error, seed)
+    found = saliency(score, tensor.name, tensor.weight, statistic(tensor.name) if score in NEEDS_STATISTIC else None, error, seed)
     if not torch.isfinite(found).all():
         raise TacqError(f"tensor '{tensor.name}': the score '{score}' is not finite; a gradient overflowed, check the model and the task.")
     return found
@@ -70,10 +77,10 @@ def score_tensor(
 def score_weights(
     score: str,
     linear: Sequence[LinkedTensor],
-    gradient: Callable[[str], torch.Tensor],
+    statistic: Callable[[str], torch.Tensor],
     reference_error: Callable[[LinkedTensor], torch.Tensor],
     seed: int,
     reporter: Reporter,
 ) -> dict[str, torch.Tensor]:
     """{GGUF name: `score_tensor`} of the matrices `linear`."""
-    return {t.name: score_tensor(score, t, gradient, reference_error, seed) for t in reporter.track(linear, "scoring")}
+    return {t.name: score_tensor(score, t, statistic, reference_error, seed) for t in reporter.track(linear, "scoring")}

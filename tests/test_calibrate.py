@@ -15,6 +15,7 @@ from tacq_export.calibrate import EMBEDDING_OUTPUT, Calibration, accumulate_grad
 from tacq_export.errors import TacqError
 from tacq_export.load_model import LinkedTensor
 from tacq_export.predict_loss import predict_losses
+from tacq_export.quantize_gptq import damped_hessian
 from tacq_export.quantize_model import head_tensor
 from tacq_export.reporting import Reporter
 from tiny_hf import tiny_model
@@ -193,8 +194,11 @@ def test_what_lies_on_disk_is_what_the_formulas_say(load_tiny, tmp_path, archite
         expected, fisher = (np.einsum("t,ti,tj->ij", w, x, x) for w in (weights, squares))
         hessian = found.hessian(k)
         np.testing.assert_allclose(hessian.double().numpy(), expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
+        inverse = np.linalg.inv(hessian.double().numpy() + 0.01 * np.eye(len(hessian)) * hessian.double().diagonal().mean().item())
         for tensor in group:
-            again = predict_losses(tensor, hessian, torch.from_numpy(fisher).float(), found.row_energy(tensor.name), found.n_tokens)
+            curvature = statistics[f"{tensor.name}/rows"].double().numpy()[:, None] / inverse.diagonal()
+            np.testing.assert_allclose(found.curvature(tensor.name).double().numpy(), curvature, rtol=1e-4)
+            again = predict_losses(tensor, damped_hessian(hessian, 0.01), torch.from_numpy(fisher).float(), found.row_energy(tensor.name), found.n_tokens)
             assert losses[tensor.name] == pytest.approx(again, rel=1e-3)
 
 

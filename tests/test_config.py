@@ -42,7 +42,7 @@ def test_values_at_the_edge_are_accepted(make, options):
 
 
 BAD = [
-    ({"score": "best"}, "--score is 'best', expected one of: tacq, fisher, magnitude, gradient, random, tacq-no-magnitude, tacq-no-error."),
+    ({"score": "best"}, "--score is 'best', expected one of: obs, tacq, fisher, magnitude, gradient, random, tacq-no-magnitude, tacq-no-error."),
     ({"reference": "none"}, "--reference is 'none', expected one of: rtn, gptq."),
     ({"base_type": "q4_0"}, "--base-type is 'q4_0', expected one of: tacq2, tacq3, tacq4."),
     ({"base_type": "TACQ2"}, "--base-type is 'TACQ2', expected one of: tacq2, tacq3, tacq4."),

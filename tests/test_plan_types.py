@@ -12,9 +12,9 @@ from tacq_export.config import ExportConfig
 from tacq_export.errors import TacqError
 from tacq_export.plan_types import fixed_types, plan_types
 from tacq_export.predict_loss import embedding_loss, kept_shares, options_for
+from tacq_export.quantize_gptq import damped_hessian
 from tacq_export.quantize_model import head_tensor, rounding_error
 from tacq_export.reporting import Reporter
-from tacq_export.score_weights import saliency
 from tacq_export.tensor_types import TYPES_BY_NAME
 from tacq_export.write_gguf import type_bytes
 
@@ -117,7 +117,7 @@ def test_one_width_within_a_number_of_bits(setting, base, above):
 @pytest.mark.parametrize("ratio", [0.0, 0.001, 0.004])  # a larger share does not fit the sections of such tiny matrices
 def test_one_width_and_a_share_of_the_weights(setting, ratio):
     loaded = setting[0]
-    types, selection = plan(setting, ratio=ratio)
+    types, selection = plan(setting, score="tacq", ratio=ratio)
     assert all(types[t.name].startswith("tacq2") for t in loaded.linear)
     assert sum(s.selected for s in selection.values()) == round(ratio * loaded.n_linear)
 
@@ -126,7 +126,7 @@ def test_one_width_and_a_share_of_the_weights(setting, ratio):
 def test_one_width_keeps_the_top_of_the_whole_model(setting, ratio):
     """By sorting all saliencies: of each matrix what is above the border, and what fills its room."""
     loaded, _, calibration = setting
-    _, selection = plan(setting, ratio=ratio, base_type="tacq3")
+    _, selection = plan(setting, score="tacq", ratio=ratio, base_type="tacq3")
     scores = {t.name: (calibration.gradient(t.name) * rounding_error(t, 3).abs() * t.weight.abs()).reshape(-1) for t in loaded.linear}
     border = float(np.sort(np.concatenate([s.numpy() for s in scores.values()]))[::-1][round(ratio * loaded.n_linear) - 1])
     for name, score in scores.items():
@@ -174,7 +174,7 @@ def test_types_of_the_user_count_within_the_limit(setting, asked):
 
 def test_a_mixed_type_of_the_user_keeps_the_most_salient_weights(setting):
     loaded, _, calibration = setting
-    _, selection = plan(setting, tensor_types=("blk.0.ffn_up=tacq3_s8",), target_bpw=3.0)
+    _, selection = plan(setting, score="tacq", tensor_types=("blk.0.ffn_up=tacq3_s8",), target_bpw=3.0)
     tensor = next(t for t in loaded.linear if t.name == "blk.0.ffn_up.weight")
     score = calibration.gradient(tensor.name) * rounding_error(tensor, 3).abs() * tensor.weight.abs()
     kept = selection[tensor.name].kept
@@ -204,8 +204,9 @@ def test_the_allocator_gets_the_predicted_losses(setting, monkeypatch):
     taken = type_bytes((32, 64), "f16")
     assert budget == int(3.0 * loaded.n_linear / 8) - taken
     for tensor in free:
-        score = lambda rows, error: saliency("tacq", tensor.name, tensor.weight[rows], calibration.gradient(tensor.name)[rows], error)  # noqa: E731,B023
-        expected = options_for(tensor, calibration.losses()[tensor.name], kept_shares(tensor, calibration.gradient(tensor.name), score))
+        damped = damped_hessian(calibration.hessian(calibration.group_of(tensor.name)), 0.01)
+        shares = kept_shares(tensor, damped, calibration.row_energy(tensor.name), "obs", calibration.curvature(tensor.name), 0)
+        expected = options_for(tensor, calibration.losses()[tensor.name], shares)
         assert choices[tensor.name] == expected
 
 

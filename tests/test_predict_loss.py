@@ -14,6 +14,7 @@ from tacq_export.load_model import LinkedTensor
 from tacq_export.predict_loss import SAMPLE_ROWS, embedding_loss, kept_shares, options_for, predict_losses, sample_rows
 from tacq_export.quantize_gptq import quantize_gptq
 from tacq_export.reporting import Reporter
+from tacq_export.score_weights import saliency
 from tacq_export.tensor_types import TYPES_BY_NAME
 from tiny_hf import tiny_model
 
@@ -36,7 +37,7 @@ def statistics(rows: int, columns: int, seed: int = 1):
 
 
 def quantized(bits: int, weight: torch.Tensor, hessian: torch.Tensor) -> np.ndarray:
-    result = quantize_gptq(bits, weight, hessian, None, 0.01, sweeps=1, feed_forward=False)
+    result = quantize_gptq(bits, weight, hessian, None, 0.0, sweeps=1, feed_forward=False)
     return dequantize_blocks(bits, result.codes.numpy(), result.scale_bytes.numpy()).astype(float)
 
 
@@ -83,44 +84,55 @@ def test_a_matrix_that_the_loss_does_not_feel_costs_nothing():
     assert predict_losses(tensor, hessian, hessian, torch.zeros(32), TOKENS) == {2: 0.0, 3: 0.0, 4: 0.0}
 
 
-@pytest.mark.parametrize(("rows", "columns"), [(64, 256), (96, 512), (8, 64)])
-def test_shares_are_those_of_the_weights_that_would_be_kept(rows, columns):
-    """The most salient weights, as many as each section holds; their part of sum (G D)^2."""
+def room_of(rows: int, columns: int, p: int) -> int:
+    return max((rows * columns // 64 * p - 16 - 4 * (rows + 1)) // 4, 0)
+
+
+@pytest.mark.parametrize(("rows", "columns", "score"), [(64, 256, "tacq"), (190, 128, "obs"), (96, 256, "magnitude"), (8, 64, "tacq")])
+def test_shares_are_what_keeping_weights_takes_off_the_loss(rows, columns, score):
+    """The rows are quantized with and without the most salient weights kept, as many as the sections hold."""
     tensor = matrix(rows, columns)
-    gradient = torch.rand(rows, columns, generator=torch.Generator().manual_seed(3)) ** 4
-    score = lambda rows, error: gradient[rows] * error.abs() * tensor.weight[rows].abs()  # noqa: E731
-    found = kept_shares(tensor, gradient, score)
-    assert list(found) == [2, 3, 4]
-    for bits, shares in found.items():
-        d = tensor.weight.numpy().astype(float) - dequantize_blocks(bits, *(x.numpy() for x in round_to_nearest(bits, tensor.weight)))
-        elementwise = ((gradient.numpy().astype(float) * d) ** 2).reshape(-1)
-        order = np.argsort(-(gradient.numpy().astype(float) * np.abs(d) * np.abs(tensor.weight.numpy())).reshape(-1))
-        for p, share in zip(DENSITIES, shares, strict=True):
-            room = max((rows * columns // 64 * p - 16 - 4 * (rows + 1)) // 4, 0)
-            # The order of weights of about the same saliency may differ between float32 and float64.
-            assert share == pytest.approx(elementwise[order[:room]].sum() / elementwise.sum(), rel=1e-3, abs=1e-9)
-        assert shares == sorted(shares) and (shares[-1] > 0.3 or rows == 8) and max(shares) <= 1
+    x, _, energy = statistics(rows, columns)
+    hessian = torch.from_numpy(np.einsum("ti,tj->ij", x, x) + 20 * np.eye(columns)).float()
+    energy = torch.from_numpy(energy).float()
+    statistic = None if score == "magnitude" else torch.rand(rows, columns, generator=torch.Generator().manual_seed(3)) ** 4
+    found = kept_shares(tensor, hessian, energy, score, statistic, 0)
+    assert list(found) == [2, 3, 4] and found[4] == found[3]
+    sample = sample_rows(rows)[::2]
+    weight = tensor.weight[sample]
+
+    def loss(bits, mask):
+        result = quantize_gptq(bits, weight, hessian, mask, 0.0, sweeps=1, feed_forward=False)
+        q = dequantize_blocks(bits, result.codes.numpy(), result.scale_bytes.numpy()).astype(float)
+        d = weight.double().numpy() - q - (0 if mask is None else result.kept_values.double().numpy())
+        return (np.einsum("ri,ij,rj->r", d, hessian.double().numpy(), d) * energy[sample].double().numpy()).sum()
+
+    for bits in (2, 3):
+        error = weight - torch.from_numpy(dequantize_blocks(bits, *(x.numpy() for x in round_to_nearest(bits, weight))))
+        salient = saliency(score, "m", weight, None if statistic is None else statistic[sample], error).reshape(-1)
+        for i, p in enumerate(DENSITIES):
+            n = round(room_of(rows, columns, p) / (rows * columns) * len(salient))
+            if n == 0:
+                assert found[bits][i] == 0 or room_of(rows, columns, p) > 0
+            elif p in predict_loss.SHARES_AT:
+                mask = torch.zeros(len(salient), dtype=torch.bool)
+                mask[salient.argsort(descending=True, stable=True)[:n]] = True
+                assert found[bits][i] == pytest.approx(1 - loss(bits, mask.reshape(weight.shape)) / loss(bits, None), rel=1e-3, abs=1e-5)
+        assert found[bits] == sorted(found[bits]) and 0 <= found[bits][0] and found[bits][-1] < 1
+        assert found[bits][-1] > 0.1 or rows == 8, "a quarter of all bits spent on kept weights saves something"
 
 
-def test_shares_of_a_sample_are_those_of_the_same_density():
-    """As many of the sampled rows' weights as their part of the room is."""
-    tensor = matrix(960, 64)
-    gradient = torch.rand(960, 64, generator=torch.Generator().manual_seed(3)) ** 4
-    asked = []
+def test_between_measured_densities_the_share_is_a_power_of_the_number_kept():
+    measured = {0.002: 0.1, 0.008: 0.2, 0.032: 0.3}
+    between = predict_loss._between
+    assert [between(measured, d) for d in measured] == pytest.approx([0.1, 0.2, 0.3])
+    assert between(measured, 0.004) == pytest.approx(0.02**0.5)  # halfway in logarithms
+    assert between(measured, 0.0005) == pytest.approx(0.05) and between(measured, 0) == 0.0 == between({0.01: 0.0}, 0.01) == between({}, 0.01)
 
-    def score(rows, error):
-        asked.append(rows)
-        assert error.shape == (SAMPLE_ROWS, 64)
-        return gradient[rows] * error.abs()
 
-    shares = kept_shares(tensor, gradient, score)[2]
-    assert all(torch.equal(rows, sample_rows(960)) for rows in asked)
-    rows = sample_rows(960)
-    weight = tensor.weight[rows]
-    d = weight.numpy().astype(float) - dequantize_blocks(2, *(x.numpy() for x in round_to_nearest(2, weight)))
-    ranked = np.sort(((gradient[rows].numpy() * d) ** 2).reshape(-1))[::-1]
-    room = (960 * 16 - 16 - 4 * 961) // 4
-    assert shares[-1] == pytest.approx(ranked[: round(room / 10)].sum() / ranked.sum(), rel=1e-4)
+def test_weights_that_the_loss_does_not_feel_are_not_worth_keeping():
+    tensor = matrix(64, 64)
+    assert kept_shares(tensor, torch.eye(64), torch.zeros(64), "magnitude", None, 0) == {bits: [0.0] * 8 for bits in (2, 3, 4)}
 
 
 def test_every_type_is_an_option_with_its_size_and_what_keeping_leaves():

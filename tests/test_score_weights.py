@@ -16,7 +16,7 @@ from tacq_export.fit_groups import round_to_nearest
 from tacq_export.load_model import LinkedTensor
 from tacq_export.quantize_model import rounding_error
 from tacq_export.reporting import Reporter
-from tacq_export.score_weights import NEEDS_GRADIENT, NEEDS_REFERENCE, score_weights
+from tacq_export.score_weights import NEEDS_REFERENCE, NEEDS_STATISTIC, score_weights
 from tiny_hf import VOCAB, tiny_model
 
 TEXTS = [[1, 5, 9, 20, 33, 270, 4], [1, 300, 12, 5, 5, 91], [1, 44]]
@@ -60,7 +60,14 @@ def sums(model, power: int):
 def sums_of(model) -> dict[str, object]:
     """{score: its `gradient` argument}"""
     one, two = sums(model, 1), sums(model, 2)
-    return {score: two if score == "fisher" else one for score in SCORES}
+    return {score: two if score == "fisher" else one for score in SCORES} | {"obs": lambda name: curvature(model, name)}
+
+
+def curvature(model, name: str) -> torch.Tensor:
+    """Some a_r / [H^-1]_jj; those of a calibration are tested in test_calibrate.py."""
+    weight = next(t.weight for t in matrices(model) if t.name == name)
+    rows, columns = (torch.arange(n, dtype=torch.float32) % 5 + 1 for n in weight.shape)
+    return rows[:, None] / columns
 
 
 FORMULAS = {
@@ -70,6 +77,7 @@ FORMULAS = {
     "gradient": lambda g, w, e: sum(x.abs() for x in g),
     "fisher": lambda g, w, e: sum(x**2 for x in g) * e**2,
     "magnitude": lambda g, w, e: w.abs(),
+    "obs": lambda g, w, e: (torch.arange(len(w)) % 5 + 1)[:, None] / (torch.arange(w.shape[1]) % 5 + 1) * w**2,
 }
 
 
@@ -109,7 +117,7 @@ def test_only_what_a_formula_has_is_asked_for(model, sums_of, score):
     error = lambda tensor: (asked["error"].append(tensor.name), reference_error(tensor))[1]  # noqa: E731
     score_weights(score, matrices(model), gradient, error, 0, Reporter())
     names = [t.name for t in matrices(model)]
-    assert asked["gradient"] == (names if score not in ("random", "magnitude") else []) and (score in NEEDS_GRADIENT) == bool(asked["gradient"])
+    assert asked["gradient"] == (names if score not in ("random", "magnitude") else []) and (score in NEEDS_STATISTIC) == bool(asked["gradient"])
     assert asked["error"] == (names if score in ("tacq", "tacq-no-magnitude", "fisher") else []) and (score in NEEDS_REFERENCE) == bool(asked["error"])
 
 
