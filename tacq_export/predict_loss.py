@@ -37,6 +37,18 @@ def sample_rows(n_rows: int) -> torch.Tensor:
     return torch.linspace(0, n_rows - 1, min(SAMPLE_ROWS, n_rows)).round().long()
 
 
+def _trial_error(bits: int, weight: torch.Tensor, damped: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
+    """W - Q(W) of sampled rows, quantized in short."""
+    result = quantize_gptq(bits, weight, damped, kept, 0.0, sweeps=SAMPLE_SWEEPS, feed_forward=False)
+    error = weight - dequantize_groups(bits, result.codes, result.scale_bytes)
+    return error if kept is None else error - result.kept_values
+
+
+def _row_losses(error: torch.Tensor, second_moment: torch.Tensor) -> torch.Tensor:
+    """float32 [rows]: d M d^T of each row d."""
+    return ((error @ second_moment) * error).sum(1)
+
+
 def predict_losses(tensor: LinkedTensor, damped: torch.Tensor, fisher: torch.Tensor, row_energy: torch.Tensor, n_tokens: int) -> dict[int, float]:
     """{bits: nats a token} of a matrix with nothing kept.
 
@@ -46,9 +58,7 @@ def predict_losses(tensor: LinkedTensor, damped: torch.Tensor, fisher: torch.Ten
     weight, energy = tensor.weight.cpu()[rows], row_energy[rows]
     loss = {}
     for bits in BITS:
-        result = quantize_gptq(bits, weight, damped, None, 0.0, tensor.name, sweeps=SAMPLE_SWEEPS, feed_forward=False)
-        error = weight - dequantize_groups(bits, result.codes, result.scale_bytes)
-        of_rows = ((error @ fisher) * error).sum(1)
+        of_rows = _row_losses(_trial_error(bits, weight, damped, None), fisher)
         # The sample's mean, weighted by row energies, stands for all rows.
         mean = float((energy * of_rows).sum() / energy.sum().clamp_min(1e-30))
         loss[bits] = 0.5 * mean * float(row_energy.sum()) / n_tokens**2
@@ -73,10 +83,7 @@ def kept_shares(
     for bits in BITS[:2]:
 
         def loss(mask: torch.Tensor | None, bits: int = bits) -> float:
-            result = quantize_gptq(bits, weight, damped, mask, 0.0, tensor.name, sweeps=SAMPLE_SWEEPS, feed_forward=False)
-            error = weight - dequantize_groups(bits, result.codes, result.scale_bytes)
-            error = error if mask is None else error - result.kept_values
-            return float((((error @ damped) * error).sum(1) * energy).sum())
+            return float((_row_losses(_trial_error(bits, weight, damped, mask), damped) * energy).sum())
 
         error = weight - dequantize_groups(bits, *round_to_nearest(bits, weight))
         order = saliency(score, tensor.name, weight, statistic, error, seed).reshape(-1).argsort(descending=True, stable=True)

@@ -54,24 +54,23 @@ def inverse_hessian_cholesky(hessian: torch.Tensor, damping: float, name: str = 
 
     Raises TacqError if the matrix is not positive definite in spite of the damping.
     """
-    try:
-        return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped_hessian(hessian.double(), damping))), upper=True).float()
-    except torch.linalg.LinAlgError:
-        raise _not_positive(name, damping) from None
+    inverse = torch.cholesky_inverse(_cholesky(damped_hessian(hessian.double(), damping), damping, name))
+    return _cholesky(inverse, damping, name, upper=True).float()
 
 
 def inverse_diagonal(hessian: torch.Tensor, damping: float, name: str = "") -> torch.Tensor:
     """float32 [columns]: diag(damped_hessian(H)^-1), computed in float64. Raises TacqError as above."""
-    try:
-        lower = torch.linalg.cholesky(damped_hessian(hessian.double(), damping))
-    except torch.linalg.LinAlgError:
-        raise _not_positive(name, damping) from None
+    lower = _cholesky(damped_hessian(hessian.double(), damping), damping, name)
     identity = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
     return torch.linalg.solve_triangular(lower, identity, upper=False).square_().sum(0).float()  # H^-1 = L^-T L^-1
 
 
-def _not_positive(name: str, damping: float) -> TacqError:
-    return TacqError(f"tensor '{name}': the Hessian is not positive definite; use more or longer examples, or a damping above {damping}")
+def _cholesky(matrix: torch.Tensor, damping: float, name: str, upper: bool = False) -> torch.Tensor:
+    """The factor of a damped Hessian or its inverse. Raises TacqError if there is none."""
+    try:
+        return torch.linalg.cholesky(matrix, upper=upper)
+    except torch.linalg.LinAlgError:
+        raise TacqError(f"tensor '{name}': the Hessian is not positive definite; use more or longer examples, or a damping above {damping}") from None
 
 
 def quantize_gptq(

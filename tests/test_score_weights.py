@@ -58,7 +58,7 @@ def sums(model, power: int):
 
 @pytest.fixture(scope="module")
 def sums_of(model) -> dict[str, object]:
-    """{score: its `gradient` argument}"""
+    """{score: its `statistic` argument}"""
     one, two = sums(model, 1), sums(model, 2)
     return {score: two if score == "fisher" else one for score in SCORES} | {"obs": lambda name: curvature(model, name)}
 
