@@ -11,7 +11,7 @@ better than both that and equal weights (tools/LOG.md).
                                [rows]: sum_t (dL/dy_tr)^2
     hessians/N.safetensors     H of the N-th group of matrices with the same input, and diag(H^-1) with 1 % damping
     hessians/N.json            predicted loss of each of them at each width (predict_loss.py)
-    hessians/N.kept-S.json     what keeping weights by the score S takes off it, once an allocation has asked
+    hessians/N.kept-S-SEED.json  what keeping weights by the score S takes off it, once an allocation has asked
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class Calibration:
 
     def kept_shares(self, group: int, score: str, seed: int) -> dict[str, dict[int, list[float]]]:
         """{name: `kept_shares`} of the matrices of a group; made when they are first asked for, then on disk."""
-        path = self.folder / "hessians" / f"{group}.kept-{score}.json"
+        path = self.folder / "hessians" / f"{group}.kept-{score}-{seed}.json"
         if not path.is_file():
             hessian, statistic, shares = damped_hessian(self.hessian(group), SAMPLE_DAMPING), self.statistic(score), {}
             for t in self.groups[group]:

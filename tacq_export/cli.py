@@ -89,7 +89,7 @@ def export_parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument("--task", required=True, metavar="FILE", help="examples of the task: JSONL (question/answer, prompt/completion, messages or text), or plain text")
     parser.add_argument("--outfile", metavar="OUT.gguf", help="default: MODEL's name with the task's and the base type's")
     parser.add_argument("--score", default=default["score"], metavar="S", help=f"saliency: {', '.join(SCORES)} (default {default['score']})")
-    parser.add_argument("--reference", default=default["reference"], metavar="R", help=f"how Q(W) of the saliency is made: {', '.join(REFERENCES)} (default {default['reference']})")
+    parser.add_argument("--reference", default=default["reference"], metavar="R", help=f"how Q(W) of the saliency is made, for scores that have one (tacq, tacq-no-magnitude, fisher): {', '.join(REFERENCES)} (default {default['reference']})")
     parser.add_argument("--target-bpw", type=float, metavar="B", help=f"bits per weight of the linear matrices, scales and indices counted, not to be exceeded: each matrix gets the type of least predicted loss (default {DEFAULT_BPW})")
     parser.add_argument("--target-size", metavar="S", help="the same for the whole file, embedding and head included: 350M, 1.2G (thousands), 512MiB, or bytes")
     parser.add_argument("--base-type", metavar="T", help=f"one width for all matrices instead, --target-bpw filled up with kept weights: {', '.join(BASE_TYPES)}")

@@ -307,3 +307,15 @@ def test_losses_are_numbers_that_json_keeps(load_tiny, tmp_path):
     for loss in found.losses().values():
         assert list(loss) == [2, 3, 4] and loss[2] > loss[3] > loss[4] > 0
     assert replace(found, n_tokens=1).losses() == found.losses()
+
+
+def test_what_keeping_saves_is_measured_once_for_a_score_and_a_seed(load_tiny, tmp_path, monkeypatch):
+    """Another seed of the random score keeps other weights: its export must not depend on what was asked before."""
+    loaded, head = linked(load_tiny, "llama")
+    found = run(loaded, head, tmp_path)
+    first, other = (found.kept_shares(0, "random", seed) for seed in (0, 1))
+    assert set(first) == {t.name for t in found.groups[0]} and first != other
+    before = files(tmp_path)
+    monkeypatch.setattr(module, "kept_shares", refuse)
+    assert found.kept_shares(0, "random", 0) == first and found.kept_shares(0, "random", 1) == other
+    assert files(tmp_path) == before
