@@ -120,24 +120,26 @@ def calibrate(
     groups = group_by_input(loaded.model, [*loaded.linear, head], texts[0])
     calibration = Calibration(folder, groups, sum(map(len, texts)))
     missing = [k for k in range(len(groups)) if not calibration.losses_file(k).is_file()]
-    parts = split_by_memory([groups[k] for k in missing], HESSIAN_BYTES / 2)
+    parts = split_by_memory([groups[k] for k in missing], HESSIAN_BYTES)
     done = 0
     for i, part in enumerate(parts):
         what = "Hessians" if len(parts) == 1 else f"Hessians {i + 1}/{len(parts)}"
         squared = [[_read(gradients, f"{t.name}/tokens") for t in group] for group in part]
         weights = [token_weights([s.sqrt() for s in group]) if weighted else None for group in squared]
         with torch.autocast(loaded.model.device.type, torch.bfloat16, enabled=bf16):
-            both = collect_hessians(loaded.model, part * 2, texts, weights + [token_weights(s) for s in squared], reporter, what)
-        for k, (group, hessian, fisher) in enumerate(zip(part, both[: len(part)], both[len(part) :], strict=True), done):
+            alone = [[t] for group in part for t in group]
+            both = collect_hessians(loaded.model, part + alone, texts, weights + [token_weights([s]) for group in squared for s in group], reporter, what)
+        fishers = {t.name: fisher for [t], fisher in zip(alone, both[len(part) :], strict=True)}
+        for k, (group, hessian) in enumerate(zip(part, both), done):
             with written_atomically(folder / "hessians" / f"{missing[k]}.safetensors") as partial:
                 save_file({"hessian": hessian.cpu(), "inverse_diagonal": inverse_diagonal(hessian, SAMPLE_DAMPING, group[0].name).cpu()}, partial)
             damped = damped_hessian(hessian, SAMPLE_DAMPING).cpu()
-            losses = {t.name: predict_losses(t, damped, fisher.cpu(), calibration.row_energy(t.name), calibration.n_tokens) for t in group}
+            losses = {t.name: predict_losses(t, damped, fishers[t.name].cpu(), calibration.row_energy(t.name), calibration.n_tokens) for t in group}
             with written_atomically(calibration.losses_file(missing[k])) as partial:
                 partial.write_text(json.dumps(losses))
             reporter.progress(k - done + 1, len(part), f"predicting losses {i + 1}/{len(parts)}")
         done += len(part)
-        del both, hessian, fisher, damped  # the next part needs the memory
+        del both, hessian, fishers, damped  # the next part needs the memory
     return calibration
 
 

@@ -210,7 +210,7 @@ def run_compare(argv: list[str], prog: str) -> None:
     parser.add_argument("--eval", required=True, metavar="FILE", help="other examples, to measure KL, perplexity and top-1 on")
     parser.add_argument("--file", action="append", metavar="OURS.gguf", help="our file; may be given several times (default: one is exported with default options into the work folder)")
     parser.add_argument("--types", metavar="T,T", help="stock types (default: for each of our files the nearest in file size, one below and one at or above)")
-    parser.add_argument("--emulate", metavar="T,T", help="stock types, such as Q2_K,IQ3_XXS, also measured as if they could hold every width, at their nominal bits per weight")
+    parser.add_argument("--emulate", metavar="T,T", help="stock types, such as Q2_K,Q3_K_M, also measured as if they could hold every width, at their nominal bits per weight")
     parser.add_argument("--n-samples", type=positive, default=128, metavar="N", help="examples of --task (default 128)")
     parser.add_argument("--n-eval", type=positive, default=24, metavar="N", help="examples of --eval (default 24)")
     parser.add_argument("--text", metavar="FILE", help="general text, such as wikitext2: the perplexity on it is the price of the task")

@@ -37,11 +37,12 @@ def group_by_input(model: PreTrainedModel, tensors: Sequence[LinkedTensor], text
 
 
 def split_by_memory(groups: Sequence[list[LinkedTensor]], limit_bytes: float) -> list[list[list[LinkedTensor]]]:
-    """Consecutive groups packed into parts whose Hessians together take at most `limit_bytes` (one group at the least)."""
+    """Consecutive groups packed into parts whose matrices take at most `limit_bytes` (one group at the least): of each group a
+    Hessian, and one of each of its members."""
     parts: list[list[list[LinkedTensor]]] = []
     used = 0.0
     for group in groups:
-        size = 4.0 * group[0].shape[1] ** 2
+        size = 4.0 * group[0].shape[1] ** 2 * (1 + len(group))
         if not parts or used + size > limit_bytes:
             parts.append([])
             used = 0.0

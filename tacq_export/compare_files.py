@@ -36,11 +36,13 @@ ABOUT_EQUAL = 1.03
 @dataclass(frozen=True)
 class StockPlan:
     """What llama-quantize will write. file_bytes: within a kilobyte (it notes the imatrix in the metadata);
-    fell_back: {"Q2_K -> Q4_0": tensors whose width the type cannot hold}."""
+    fell_back: {"Q2_K -> Q4_0": tensors whose width the type cannot hold}; wanted: {tensor: ggml's name of the type that it would have
+    got, could that hold its width}."""
 
     type: str
     file_bytes: int
     fell_back: dict[str, int] = field(default_factory=dict)
+    wanted: dict[str, str] = field(default_factory=dict)
 
 
 def run_tool(command: list[str], reporter: Reporter, what: str, step: str, total: str | None = None) -> str:
@@ -100,9 +102,10 @@ def plan_stock(reference: Path, imatrix: Path | None, type_name: str, token_embe
     except TacqError as error:
         raise TacqError(f"{type_name.upper()} cannot be planned ({error}); give --types names that llama-quantize --help lists.") from None
     became = dict(re.findall(r"\] +(\S+) +- \[[^\]]*\].*?-> .*?\((\w+)\)", log))
-    fell = re.findall(r"required for type +(\w+)\).*?falling back to +(\w+)", log)
-    names = [f"{wanted.upper()} -> {got.upper()}" for wanted, got in fell]
-    return StockPlan(type_name.upper(), _file_bytes(reference, became), {name: names.count(name) for name in dict.fromkeys(names)})
+    fell = re.findall(r"warning: +(\S+) +- ncols.*?required for type +(\w+)\).*?falling back to +(\w+)", log)
+    names = [f"{wanted.upper()} -> {got.upper()}" for _, wanted, got in fell]
+    wanted = became | {name: kind for name, kind, _ in fell}
+    return StockPlan(type_name.upper(), _file_bytes(reference, became), {name: names.count(name) for name in dict.fromkeys(names)}, wanted)
 
 
 def _file_bytes(reference: Path, became: dict[str, str]) -> int:

@@ -9,6 +9,7 @@ only what is missing.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,7 +17,7 @@ from pathlib import Path
 
 from .compare_files import CANDIDATES, StockPlan, embedding_and_head, make_imatrix, make_stock, nearest_types, plan_stock
 from .compare_rows import Measurements, Row, texts_sha
-from .emulate_stock import emulated_size, named, stock_type, write_emulated
+from .emulate_stock import emulated_size, emulated_types, named, write_emulated
 from .errors import TacqError
 from .inspect_gguf import inspect_gguf
 from .load_model import make_reference
@@ -200,14 +201,14 @@ class _Bench:
 
     def emulated_row(self, name: str, label: str, imatrix: Path, embedding: str, head: str) -> Row:
         """A stock type as if it could hold every width. Its F16 file is made if something is to be measured, and deleted."""
-        qtype, temporary = stock_type(name), self.config.workdir / f"emulated-{name}.gguf".lower()
-        size = emulated_size(self.reference, qtype, embedding, head)
+        types = emulated_types(name, self.reference, imatrix, embedding, head)
+        temporary, size = self.config.workdir / f"emulated-{name}.gguf".lower(), emulated_size(self.reference, types, embedding, head)
         which = {"emulated": name, "embedding": embedding.upper(), "head": head.upper(), "imatrix": self.kept.sha(imatrix)}
 
         def make() -> Path:
             if not temporary.is_file():
                 self.reporter.say(f"Rounding every matrix as {name} ...")
-                write_emulated(self.reference, imatrix, qtype, temporary, embedding, head, self.config.threads, self.reporter)
+                write_emulated(self.reference, imatrix, types, temporary, embedding, head, self.config.threads, self.reporter)
             return temporary
 
         temporary.unlink(missing_ok=True)  # of a run that was interrupted, perhaps with another embedding
@@ -216,7 +217,7 @@ class _Bench:
         finally:
             temporary.unlink(missing_ok=True)
         return Row(
-            f"{name} (emulated){label}", size.file_bytes, size.bpw_linear, kind="emulated", bpw_file=size.bpw_file, types={name: size.matrices},
+            f"{name} (emulated){label}", size.file_bytes, size.bpw_linear, kind="emulated", bpw_file=size.bpw_file, types=dict(Counter(kind.name for kind in types.values())),
             embedding=embedding.upper(), head=head.upper(), **measured,
         )  # fmt: skip
 

@@ -2,7 +2,8 @@
 
 Types of 256-weight blocks cannot hold rows of 576 or 896 weights in a real file; llama-quantize falls back to 4 bits and
 more. Here the rows are laid end to end, so that blocks run on across them and nothing is wasted, and ggml's own quantizer
-rounds them with the importance of the task's imatrix. The values go into an F16 file, which llama.cpp runs. That favours the
+rounds them with the importance of the task's imatrix. A name such as Q2_K stands for that type in all matrices; a mix such as
+Q3_K_M gives each the type that llama-quantize wanted for it before it fell back. The values go into an F16 file, which llama.cpp runs. That favours the
 stock type twice: where it does not fit no such file exists, and its activations are not rounded to 8 bits.
 """
 
@@ -20,7 +21,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 
-from .compare_files import imatrix_importance
+from .compare_files import imatrix_importance, plan_stock
 from .errors import TacqError
 from .inspect_gguf import is_linear
 from .reporting import Reporter
@@ -31,24 +32,44 @@ from .write_gguf import PlannedTensor, copied, encode_as, numpy_shape, open_gguf
 
 # Types that ggml_quantize_chunk writes and gguf-py decodes.
 EMULATED_TYPES = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "Q2_K", "IQ3_XXS", "IQ3_S", "Q3_K", "IQ4_XS", "IQ4_NL", "Q4_0", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
+# llama-quantize's mixes of them, for models of this kind.
+EMULATED_MIXES = ("IQ2_M", "Q2_K_S", "IQ3_XS", "Q3_K_S", "IQ3_M", "Q3_K_M", "Q3_K_L", "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M")
+MatrixTypes = dict[str, gguf.GGMLQuantizationType]  # of every matrix of the blocks, by name
 _FLOATS = ("F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
 class Emulated:
-    """What a file would take, could it exist: file_bytes, bits per weight of the blocks' matrices and of the file, and how many matrices."""
+    """What a file would take, could it exist: file_bytes, bits per weight of the blocks' matrices and of the file."""
 
     file_bytes: int
     bpw_linear: float
     bpw_file: float
-    matrices: int
 
 
-def stock_type(name: str) -> gguf.GGMLQuantizationType:
-    """ggml's type of that name (any case). Raises TacqError for one that cannot be emulated."""
-    if name.upper() not in EMULATED_TYPES:
-        raise TacqError(f"'{name}' cannot be emulated; use one of: {', '.join(EMULATED_TYPES)} (one type for all matrices, not a mix such as Q3_K_M).")
-    return gguf.GGMLQuantizationType[name.upper()]
+def named(types: Sequence[str]) -> list[str]:
+    """Upper-case names, each once, all known. Raises TacqError for one that cannot be emulated."""
+    if unknown := [name for name in types if name.upper() not in EMULATED_TYPES + EMULATED_MIXES]:
+        raise TacqError(f"'{unknown[0]}' cannot be emulated; use a type ({', '.join(EMULATED_TYPES)}) or a mix of them ({', '.join(EMULATED_MIXES)}).")
+    return list(dict.fromkeys(name.upper() for name in types))
+
+
+def emulated_types(name: str, reference: Path, imatrix: Path, embedding: str, head: str) -> MatrixTypes:
+    """Type of every matrix of the blocks: `name` for all, or what the mix of that name wants for each.
+
+    Raises TacqError for a file without blocks, and for a mix with a type that cannot be emulated.
+    """
+    matrices = [t.name for t in open_gguf(reference).tensors if is_linear(t.name, t.shape)]
+    if not matrices:
+        raise TacqError(f"{reference} has no matrices in blocks; give a GGUF of a language model.")
+    if name in EMULATED_TYPES:
+        return dict.fromkeys(matrices, gguf.GGMLQuantizationType[name])
+    wanted = plan_stock(reference, imatrix, name, embedding, head).wanted
+    types = {matrix: wanted.get(matrix, "none").upper() for matrix in matrices}
+    for matrix, kind in types.items():
+        if kind not in EMULATED_TYPES:
+            raise TacqError(f"tensor '{matrix}' would be {kind} in {name}, which cannot be emulated; leave it out of --emulate.")
+    return {matrix: gguf.GGMLQuantizationType[kind] for matrix, kind in types.items()}
 
 
 @lru_cache(maxsize=None)
@@ -101,27 +122,25 @@ def rounded_as(values: np.ndarray, qtype: gguf.GGMLQuantizationType, importance:
     return gguf.quants.dequantize(data, qtype).astype(np.float32, copy=False).reshape(-1, columns)[:rows]
 
 
-def emulated_size(reference: Path, qtype: gguf.GGMLQuantizationType, embedding: str, head: str) -> Emulated:
-    """Size of the file with every matrix of the blocks at the type's nominal bits per weight, embedding and head as given.
+def emulated_size(reference: Path, types: MatrixTypes, embedding: str, head: str) -> Emulated:
+    """Size of the file with every matrix of the blocks at its type's nominal bits per weight, embedding and head as given.
 
-    Raises TacqError for an embedding or head that does not fit its type, and for a file without blocks.
+    Raises TacqError for an embedding or head that does not fit its type.
     """
     register_with_gguf()
-    block, size = gguf.GGML_QUANT_SIZES[qtype]
-    reader, change, linear, total, matrices = open_gguf(reference), 0.0, 0, 0, 0
+    reader, change, linear, linear_bytes, total = open_gguf(reference), 0.0, 0, 0.0, 0
     for tensor in reader.tensors:
         n = int(tensor.n_elements)
         total += n
-        if is_linear(tensor.name, tensor.shape):
-            linear, matrices = linear + n, matrices + 1
+        if tensor.name in types:
+            block, size = gguf.GGML_QUANT_SIZES[types[tensor.name]]
+            linear, linear_bytes = linear + n, linear_bytes + n * size / block
             change += n * size / block - int(tensor.n_bytes)
         elif (kind := _other_type(tensor, embedding, head)) is not None:
-            of, bytes_of = gguf.GGML_QUANT_SIZES[kind]
-            change += n // of * bytes_of - int(tensor.n_bytes)
-    if not linear:
-        raise TacqError(f"{reference} has no matrices in blocks; give a GGUF of a language model.")
+            block, size = gguf.GGML_QUANT_SIZES[kind]
+            change += n // block * size - int(tensor.n_bytes)
     file_bytes = round(Path(reference).stat().st_size + change)
-    return Emulated(file_bytes, 8 * size / block, 8 * file_bytes / total, matrices)
+    return Emulated(file_bytes, 8 * linear_bytes / linear, 8 * file_bytes / total)
 
 
 def _other_type(tensor: gguf.gguf_reader.ReaderTensor, embedding: str, head: str) -> gguf.GGMLQuantizationType | None:
@@ -138,9 +157,9 @@ def _other_type(tensor: gguf.gguf_reader.ReaderTensor, embedding: str, head: str
 
 
 def write_emulated(
-    reference: Path, imatrix: Path, qtype: gguf.GGMLQuantizationType, outfile: Path, embedding: str, head: str, threads: int | None, reporter: Reporter
+    reference: Path, imatrix: Path, types: MatrixTypes, outfile: Path, embedding: str, head: str, threads: int | None, reporter: Reporter
 ) -> None:  # fmt: skip
-    """F16 GGUF of the reference with every matrix of the blocks rounded as `qtype`, embedding and head in the types of our file.
+    """F16 GGUF of the reference with every matrix of the blocks rounded as its type, embedding and head in the types of our file.
 
     Raises TacqError: a matrix of experts, one without importance in the imatrix, no space for the file.
     """
@@ -150,13 +169,13 @@ def write_emulated(
     need_space(outfile.parent, 1.1e-9 * Path(reference).stat().st_size, "the emulated file at F16", "give --workdir on a larger disk")
 
     def rounded(tensor) -> np.ndarray:
-        values = rounded_as(tensor_values(tensor), qtype, importance[tensor.name], threads)
+        values = rounded_as(tensor_values(tensor), types[tensor.name], importance[tensor.name], threads)
         return encode_as(values, "f16", tensor.name)
 
     planned: list[PlannedTensor] = []
     for tensor in reader.tensors:
         other = _other_type(tensor, embedding, head)
-        if is_linear(tensor.name, tensor.shape):
+        if tensor.name in types:
             if len(tensor.shape) != 2 or tensor.name not in importance:
                 raise TacqError(f"tensor '{tensor.name}' cannot be emulated: it has no row weights in {imatrix.name}; leave out --emulate for this model.")
             planned.append(PlannedTensor(tensor.name, numpy_shape(tensor), gguf.GGMLQuantizationType.F16, lambda t=tensor: rounded(t)))
@@ -167,7 +186,3 @@ def write_emulated(
             planned.append(copied(tensor))
     write_gguf(outfile, reader, planned, {"general.file_type": 1}, reporter)
 
-
-def named(types: Sequence[str]) -> list[str]:
-    """Upper-case names, each once, all known. Raises TacqError for one that cannot be emulated."""
-    return list(dict.fromkeys(stock_type(name).name for name in types))

@@ -6,6 +6,7 @@ as independent of which output it is at, that is
 
     1/(2 T) sum_r a_r (D F D^T)_rr,   a_r = sum_t g_tr^2 / T,   F = sum_t w_t x_t x_t^T,   w_t = |g_t|^2 / mean
 
+F is of each matrix alone: k and v have the same inputs, but the first token's key is felt by all and its value by none.
 D is not guessed: some rows of each matrix are quantized at 2, 3 and 4 bits, and with some of their weights kept. tools/LOG.md has how well the prediction ranks real files.
 """
 
@@ -32,9 +33,21 @@ BITS = (2, 3, 4)
 SHARES_AT = (1, 4, 16)
 
 
-def sample_rows(n_rows: int) -> torch.Tensor:
-    """int64: SAMPLE_ROWS rows evenly spread, or all there are."""
-    return torch.linspace(0, n_rows - 1, min(SAMPLE_ROWS, n_rows)).round().long()
+def sample_rows(row_energy: torch.Tensor, n: int = SAMPLE_ROWS) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows that stand for all, int64 in rising order, and the energy that each stands for, float32; `n` of them, or all there are.
+
+    A third are the rows of most energy, each for itself (a few rows can hold most of it); the others are evenly spread over
+    the rest, and the energy of the rest is shared out among them.
+    """
+    if n >= len(row_energy):
+        return torch.arange(len(row_energy)), row_energy
+    order = row_energy.argsort(descending=True, stable=True)
+    rest = order[n // 3 :].sort().values
+    spread = rest[torch.linspace(0, len(rest) - 1, n - n // 3).round().long()]
+    factor = row_energy[rest].sum() / row_energy[spread].sum().clamp_min(1e-30)
+    rows, at = torch.cat([order[: n // 3], spread]).sort()
+    stands_for = torch.cat([row_energy[order[: n // 3]], row_energy[spread] * factor])
+    return rows, stands_for[at]
 
 
 def _trial_error(bits: int, weight: torch.Tensor, damped: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
@@ -54,14 +67,11 @@ def predict_losses(tensor: LinkedTensor, damped: torch.Tensor, fisher: torch.Ten
 
     damped: what it will be quantized with, damping added; fisher: F, both float32 [columns, columns]; row_energy: float32 [rows], T a_r.
     """
-    rows = sample_rows(tensor.shape[0])
-    weight, energy = tensor.weight.cpu()[rows], row_energy[rows]
-    loss = {}
+    rows, energy = sample_rows(row_energy)
+    weight, loss = tensor.weight.cpu()[rows], {}
     for bits in BITS:
         of_rows = _row_losses(_trial_error(bits, weight, damped, None), fisher)
-        # The sample's mean, weighted by row energies, stands for all rows.
-        mean = float((energy * of_rows).sum() / energy.sum().clamp_min(1e-30))
-        loss[bits] = 0.5 * mean * float(row_energy.sum()) / n_tokens**2
+        loss[bits] = 0.5 * float((energy * of_rows).sum(dtype=torch.float64)) / n_tokens**2
     return loss
 
 
@@ -70,13 +80,13 @@ def kept_shares(
 ) -> dict[int, list[float]]:
     """{bits: [share of the loss that each of SPARSE_DENSITIES removes]} of a matrix, measured on the sampled rows.
 
-    Every second of them is quantized again with their most salient weights kept, at SHARES_AT; between those the share is a power of the number
+    Half as many are quantized again with their most salient weights kept, at SHARES_AT; between those the share is a power of the number
     kept, and 4 bits have the shares of 3. Elementwise estimates say three times too much: GPTQ makes up for most of
     what a kept weight would save (tools/LOG.md). damped, row_energy: as `predict_losses` has them; statistic: of the score,
     float32 [rows, columns].
     """
-    rows = sample_rows(tensor.shape[0])[::2]
-    weight, energy = tensor.weight.cpu()[rows], row_energy[rows]
+    rows, energy = sample_rows(row_energy, SAMPLE_ROWS // 2)
+    weight = tensor.weight.cpu()[rows]
     statistic = None if statistic is None else statistic[rows]
     room = {p: max(capacity(tensor.shape[0], tensor.weight.numel(), p), 0) / tensor.weight.numel() for p in SPARSE_DENSITIES}
     shares = {}

@@ -189,13 +189,13 @@ def test_what_lies_on_disk_is_what_the_formulas_say(load_tiny, tmp_path, archite
     for k, group in enumerate(found.groups):
         x = inputs_of(loaded.model, group[0])
         squared = [statistics[f"{t.name}/tokens"].double().numpy() for t in group]
-        roots, squares = (np.mean([s**power / np.mean(s**power) for s in squared], axis=0) for power in (0.5, 1))
-        weights = roots if weighted else np.ones(len(x))
-        expected, fisher = (np.einsum("t,ti,tj->ij", w, x, x) for w in (weights, squares))
+        weights = np.mean([s**0.5 / np.mean(s**0.5) for s in squared], axis=0) if weighted else np.ones(len(x))
+        expected = np.einsum("t,ti,tj->ij", weights, x, x)
         hessian = found.hessian(k)
         np.testing.assert_allclose(hessian.double().numpy(), expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
         inverse = np.linalg.inv(hessian.double().numpy() + 0.01 * np.eye(len(hessian)) * hessian.double().diagonal().mean().item())
-        for tensor in group:
+        for tensor, of_tokens in zip(group, squared, strict=True):
+            fisher = np.einsum("t,ti,tj->ij", of_tokens / of_tokens.mean(), x, x)
             curvature = statistics[f"{tensor.name}/rows"].double().numpy()[:, None] / inverse.diagonal()
             np.testing.assert_allclose(found.curvature(tensor.name).double().numpy(), curvature, rtol=1e-4)
             again = predict_losses(tensor, damped_hessian(hessian, 0.01), torch.from_numpy(fisher).float(), found.row_energy(tensor.name), found.n_tokens)

@@ -15,7 +15,7 @@ from tacq_export.compare_files import StockPlan, imatrix_importance, make_stock,
 from tacq_export.compare_rows import Measurements, Row, json_line, load_rows, table, write_json
 from tacq_export.compare_stock import CompareConfig, Scoring, claim_workdir, compare_stock
 from tacq_export.config import ExportConfig
-from tacq_export.emulate_stock import ggml_quantize, rounded_as, stock_type
+from tacq_export.emulate_stock import emulated_types, ggml_quantize, rounded_as
 from tacq_export.errors import TacqError
 from tacq_export.inspect_gguf import inspect_gguf
 from tacq_export.pipeline import export
@@ -148,8 +148,8 @@ def test_sizes_are_known_before_quantizing(config, compared, tmp_path):
 def test_a_type_that_does_not_exist_is_named(config, compared):
     with pytest.raises(TacqError, match="Q9_X cannot be planned"):
         compare_stock(replace(config, types=("Q9_X",)), Reporter())
-    with pytest.raises(TacqError, match="'Q3_K_M' cannot be emulated; use one of: .*Q3_K"):
-        compare_stock(replace(config, emulate=("Q3_K_M",)), Reporter())
+    with pytest.raises(TacqError, match="'Q2_0' cannot be emulated; use a type .*Q3_K.* or a mix of them .*Q3_K_M"):
+        compare_stock(replace(config, emulate=("Q2_0",)), Reporter())
 
 
 def test_nearest_types():
@@ -193,7 +193,7 @@ def test_rounding_runs_on_across_rows(runtime, name):
     """Every block of 256, quantized by itself with the weights of its own columns, gives the same values."""
     rng = np.random.default_rng(0)
     values, importance = rng.normal(0, 0.1, (6, 192)).astype(np.float32), rng.uniform(0.1, 3, 192).astype(np.float32)
-    qtype = stock_type(name)
+    qtype = gguf.GGMLQuantizationType[name]
     rounded = rounded_as(values, qtype, importance)
     assert rounded.shape == values.shape and rounded.dtype == np.float32
     flat, weights = values.reshape(-1), np.tile(importance, 6)
@@ -207,14 +207,14 @@ def test_rounding_serves_important_columns(runtime):
     values = np.random.default_rng(1).normal(0, 0.1, (64, 576)).astype(np.float32)
     importance = np.ones(576, np.float32)
     importance[::4] = 1000  # among the others of each group, which share a scale
-    error = ((rounded_as(values, stock_type("Q2_K"), importance, threads=2) - values) ** 2).mean(0)
+    error = ((rounded_as(values, gguf.GGMLQuantizationType.Q2_K, importance, threads=2) - values) ** 2).mean(0)
     assert error[::4].mean() < 0.7 * error.reshape(-1, 4)[:, 1:].mean()
 
 
 def test_rounding_does_not_depend_on_threads(runtime):
     values = np.random.default_rng(2).normal(0, 0.1, (37, 320)).astype(np.float32)
     importance = np.random.default_rng(3).uniform(0.1, 3, 320).astype(np.float32)
-    one, three = (rounded_as(values, stock_type("Q3_K"), importance, threads) for threads in (1, 3))
+    one, three = (rounded_as(values, gguf.GGMLQuantizationType.Q3_K, importance, threads) for threads in (1, 3))
     assert np.array_equal(one, three)
 
 
@@ -237,6 +237,25 @@ def test_emulated_rows(config, compared, monkeypatch):
     assert not list(config.workdir.glob("emulated-*")), "the file at F16 is temporary"
     monkeypatch.setattr(tacq_export.compare_stock, "write_emulated", lambda *_: pytest.fail("made again"))
     assert {row.name: row for row in compare_stock(config, Reporter())} == rows
+
+
+def test_an_emulated_mix_has_the_types_that_llama_quantize_wants(config, compared):
+    """Q3_K_M of two blocks, by llama-quant.cpp: values Q5_K (the first two blocks), outputs and down projections Q4_K, the rest Q3_K."""
+    reference, imatrix = config.workdir / "reference-f16.gguf", config.workdir / "task.imatrix.gguf"
+    types = {name: kind.name for name, kind in emulated_types("Q3_K_M", reference, imatrix, "q8_0", "q8_0").items()}
+    assert types == {
+        f"blk.{i}.{part}.weight": kind
+        for i in range(2)
+        for part, kind in {
+            "attn_q": "Q3_K", "attn_k": "Q3_K", "attn_v": "Q5_K", "attn_output": "Q4_K", "ffn_gate": "Q3_K", "ffn_up": "Q3_K", "ffn_down": "Q4_K",
+        }.items()
+    }  # fmt: skip
+    one, mix = [row for row in compare_stock(replace(config, types=(), emulate=("Q3_K", "Q3_K_M"), text=None), Reporter()) if row.kind == "emulated"]
+    assert (one.name, mix.name) == ("Q3_K (emulated)", "Q3_K_M (emulated)") and mix.types == {"Q3_K": 8, "Q5_K": 2, "Q4_K": 4}
+    weights = {name: t.n_elements for name, t in ((t.name, t) for t in gguf.GGUFReader(reference).tensors) if name in types}
+    bits = {"Q3_K": 3.4375, "Q4_K": 4.5, "Q5_K": 5.5}
+    assert mix.bpw_linear == pytest.approx(sum(bits[types[name]] * n for name, n in weights.items()) / sum(weights.values()))
+    assert mix.kl < one.kl and mix.file_bytes > one.file_bytes
 
 
 def test_an_embedding_that_does_not_fit_its_type(config, compared):

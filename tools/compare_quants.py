@@ -46,7 +46,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     )  # fmt: skip
     stock.add_argument(
         "--emulate", nargs="+", default=[], metavar="T",
-        help="types also measured as if they could hold every width, at nominal bits per weight, such as Q2_K IQ3_XXS; one type for all matrices",
+        help="types also measured as if they could hold every width, at nominal bits per weight, such as Q2_K (all matrices) or Q3_K_M (a mix)",
     )  # fmt: skip
     stock.add_argument("--embedding-type", metavar="T", help="of embedding and head in the stock files (default: what our file has)")
     measured = parser.add_argument_group("what is measured")

@@ -164,7 +164,7 @@ def load_sample(name: str, args: argparse.Namespace) -> Sample:
         chosen = [t for t in loaded.linear if int(t.name.split(".")[1]) in wanted]
         texts = tokenize_task(load_task(args.task), loaded.tokenizer, args.examples, 2048)
         groups = group_by_input(loaded.model, chosen, texts[0])
-        hessians = collect_hessians(loaded.model, groups, texts, Reporter(), name)
+        hessians = collect_hessians(loaded.model, groups, texts, [None] * len(groups), Reporter(), name)
         pairs = [(t, hessian) for group, hessian in zip(groups, hessians) for t in group]
         matrices = [Matrix(t.name, evenly(t.weight[0::2], args.rows), evenly(t.weight[1::2], args.rows), h) for t, h in pairs]
         parts = loaded.linear, [t for t in (loaded.embedding, loaded.head) if t is not None]
