@@ -99,20 +99,24 @@ TACQ_INLINE vfloat tacq_scales(const int bits, vint words, const int g) {
     return vfloat_bits(vint_xor_and(magnitude, g == 0 ? vint_shl(words, 24) : vint_shl(words, 16), vint_set1((int) 0x80000000u)));
 }
 
-// block `x` of the first row, and the blocks above it of the other rows
-TACQ_INLINE tacq_block_rows tacq_load_block(const int bits, const uint8_t * x, size_t row_size) {
-    tacq_block_rows b;
-    const vint words = tacq_load_words(x, row_size);
-    b.scales[0] = tacq_scales(bits, words, 0);
-    b.scales[1] = tacq_scales(bits, words, 1);
+// the scale bytes of every row, in a dword of its lane
+TACQ_INLINE void tacq_set_scales(const int bits, vint words, tacq_block_rows * b) {
+    b->scales[0] = tacq_scales(bits, words, 0);
+    b->scales[1] = tacq_scales(bits, words, 1);
     if (bits < 4) {
         const vint first  = vint_and(vint_shr(words, 3),            vint_set1_byte(bits == 2 ? 0x0c : 0x08)); // bits 5, 6 or bit 6
         const vint second = vint_and(vint_shr(words, 5), vint_set1_byte(bits == 2 ? 0x03 : 0x02));
         for (int g = 0; g < 2; g++) {
-            b.books[g][0] = tacq_repeat_byte(first, g);
-            b.books[g][1] = tacq_repeat_byte(second, g);
+            b->books[g][0] = tacq_repeat_byte(first, g);
+            b->books[g][1] = tacq_repeat_byte(second, g);
         }
     }
+}
+
+// block `x` of the first row, and the blocks above it of the other rows
+TACQ_INLINE tacq_block_rows tacq_load_block(const int bits, const uint8_t * x, size_t row_size) {
+    tacq_block_rows b;
+    tacq_set_scales(bits, tacq_load_words(x, row_size), &b);
     tacq_load_transposed(x + 2, row_size, b.codes);
     if (bits == 3) {
         // 16 bytes that end with the block: the last two dwords are the third bits
@@ -123,6 +127,17 @@ TACQ_INLINE tacq_block_rows tacq_load_block(const int bits, const uint8_t * x, s
     }
     if (bits == 4) {
         tacq_load_transposed(x + 18, row_size, b.codes + 4);
+    }
+    return b;
+}
+
+// Block ib of TACQ_LANES rows of n weights that tacq_interleave has put at x.
+TACQ_INLINE tacq_block_rows tacq_load_interleaved(const int bits, const uint8_t * x, int64_t n, int64_t ib) {
+    tacq_block_rows b;
+    tacq_set_scales(bits, tacq_widen_words(x + ib*2*TACQ_LANES), &b);
+    const uint8_t * codes = x + n/QK_TACQ*2*TACQ_LANES + ib*8*bits*TACQ_LANES;
+    for (int i = 0; i < 2*bits; i++) {
+        b.codes[i] = vint_load(codes + i*4*TACQ_LANES);
     }
     return b;
 }

@@ -1,6 +1,7 @@
 // The hook: ops with tensors of our types on the CPU. Matrix products are in tacq-mul-mat.cpp; get_rows of a mixed tensor is that of
 // its base view, by upstream's code, + sparse part.
 
+#include "tacq-buffer.h"
 #include "tacq-cpu.h"
 #include "tacq-mul-mat.h"
 
@@ -49,7 +50,7 @@ bool tacq_cpu_supports_op(const ggml_tensor * op) {
             return false;
         }
     }
-    if (op->type != GGML_TYPE_F32 || !is_whole(op->src[0])) {
+    if (op->type != GGML_TYPE_F32 || !is_whole(op->src[0]) || (tacq_is_interleaved(op->src[0]) && !tacq_takes_interleaved(op))) {
         return false;
     }
     switch (op->op) {
@@ -160,11 +161,8 @@ class tensor_traits : public ggml::cpu::tensor_traits {
             s = sparse_part(params, op->src[0]);
         }
         if (tacq_mul_mat_takes(op)) {
-            if (op->op == GGML_OP_MUL_MAT) {
-                tacq_mul_mat(params, op, is_mixed ? &s : nullptr);
-            } else {
-                tacq_mul_mat_id(params, op, is_mixed ? &s : nullptr);
-            }
+            const auto compute = op->op == GGML_OP_MUL_MAT ? tacq_mul_mat : tacq_mul_mat_id;
+            compute(params, op, is_mixed ? &s : nullptr, tacq_is_interleaved(op->src[0]));
             return true;
         }
         base_op base(op);
@@ -176,9 +174,11 @@ class tensor_traits : public ggml::cpu::tensor_traits {
 };
 
 class extra_buffer_type : public ggml::cpu::extra_buffer_type {
-    // no tensor is ever put into this buffer type: our tensors stay where the file was mapped
-    bool supports_op(ggml_backend_dev_t, const ggml_tensor *) override { return false; }
+    bool supports_op(ggml_backend_dev_t, const ggml_tensor * op) override {
+        return op->src[0] && tacq_is_interleaved(op->src[0]) && tacq_takes_interleaved(op);
+    }
 
+    // of all ops with our tensors, wherever those are
     ggml::cpu::tensor_traits * get_tensor_traits(const ggml_tensor * op) override {
         static tensor_traits traits;
         return !is_no_op(op) && (mixed_operand(op) || tacq_mul_mat_takes(op)) ? &traits : nullptr;
@@ -187,26 +187,8 @@ class extra_buffer_type : public ggml::cpu::extra_buffer_type {
 
 } // namespace ggml::cpu::tacq
 
-static const char * buffer_type_name(ggml_backend_buffer_type_t) { return "CPU_TACQ"; }
-
-// never called with a size: supports_op refuses every tensor (ggml makes empty buffers itself)
-static ggml_backend_buffer_t buffer_type_alloc(ggml_backend_buffer_type_t, size_t) { return nullptr; }
-
-static size_t buffer_type_alignment(ggml_backend_buffer_type_t) { return GGML_MEM_ALIGN; }
-
 ggml_backend_buffer_type_t tacq_cpu_buffer_type(void) {
     static ggml::cpu::tacq::extra_buffer_type context;
-    static ggml_backend_buffer_type buffer_type = {
-        /* .iface    = */ {
-            /* .get_name       = */ buffer_type_name,
-            /* .alloc_buffer   = */ buffer_type_alloc,
-            /* .get_alignment  = */ buffer_type_alignment,
-            /* .get_max_size   = */ nullptr,
-            /* .get_alloc_size = */ nullptr,
-            /* .is_host        = */ nullptr,
-        },
-        /* .device  = */ ggml_backend_reg_dev_get(ggml_backend_cpu_reg(), 0),
-        /* .context = */ &context,
-    };
+    static ggml_backend_buffer_type buffer_type = tacq_interleaved_buffer_type(&context);
     return &buffer_type;
 }

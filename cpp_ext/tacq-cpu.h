@@ -36,7 +36,7 @@ struct ggml_compute_params;
 // ggml_compute_forward of ggml-cpu.c, which is static there: how the hook computes the base part
 void tacq_cpu_compute(struct ggml_compute_params * params, struct ggml_tensor * op);
 
-// pseudo buffer type for the list of extra buffer types; holds no tensor, only sees every op
+// for the list of extra buffer types: holds interleaved weights (tacq-buffer.h), and sees every op
 ggml_backend_buffer_type_t tacq_cpu_buffer_type(void);
 
 // false for an op that would read or write a mixed tensor in a way that is not implemented

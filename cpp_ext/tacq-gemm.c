@@ -44,11 +44,19 @@ void tacq_gemm_generic(int64_t n, int64_t n_rows, int64_t n_tokens, const void *
 
 #if defined(TACQ_LANES)
 
-// TACQ_LANES rows into the lanes of the tile that begin at `lane`
-TACQ_INLINE void unpack_lanes(const int bits, int64_t n, const uint8_t * x, size_t row_size, void * tile, int64_t lane) {
-    const tacq_lookup table = tacq_lookup_of(bits);
+// Block ib of TACQ_LANES rows into the lanes of the tile that begin at `lane`.
+TACQ_INLINE void unpack_block(const int bits, const tacq_lookup * table, const tacq_block_rows * b, int64_t n, int64_t ib, void * tile, int64_t lane) {
     uint8_t * levels = (uint8_t *) tile + 4*lane;
     float   * scales = tile_scales(tile, n) + lane;
+    for (int i = 0; i < 16; i++) {
+        vint_store(levels + (ib*16 + i)*4*TACQ_TILE, tacq_levels_of(bits, b, table, i/4, i % 4));
+    }
+    vfloat_store(scales + (2*ib)    *TACQ_TILE, b->scales[0]);
+    vfloat_store(scales + (2*ib + 1)*TACQ_TILE, b->scales[1]);
+}
+
+TACQ_INLINE void unpack_lanes(const int bits, int64_t n, const uint8_t * x, size_t row_size, void * tile, int64_t lane) {
+    const tacq_lookup table = tacq_lookup_of(bits);
     const uint8_t * next = x + TACQ_LANES*row_size;
     for (int64_t ib = 0; ib < n/QK_TACQ; ib++) {
         for (int i = 0; i < TACQ_LANES*TACQ_BLOCK_BYTES(bits); i += 64) { // as in tacq-gemv.c
@@ -56,22 +64,53 @@ TACQ_INLINE void unpack_lanes(const int bits, int64_t n, const uint8_t * x, size
         }
         next += TACQ_LANES*TACQ_BLOCK_BYTES(bits);
         const tacq_block_rows b = tacq_load_block(bits, x + ib*TACQ_BLOCK_BYTES(bits), row_size);
-        for (int i = 0; i < 16; i++) {
-            vint_store(levels + (ib*16 + i)*4*TACQ_TILE, tacq_levels_of(bits, &b, &table, i/4, i % 4));
+        unpack_block(bits, &table, &b, n, ib, tile, lane);
+    }
+}
+
+// rows from `row` on one by one: lanes above it are written again by the next row, or not used
+TACQ_INLINE void unpack_single(const int bits, int64_t n, int64_t row, int64_t n_rows, const uint8_t * x, size_t row_size, void * tile) {
+    float   * scales = tile_scales(tile, n);
+    uint8_t * levels = tile;
+    const tacq_lookup table = tacq_lookup_of(bits);
+    for (; row < n_rows; row++) {
+        for (int64_t ib = 0; ib < n/QK_TACQ; ib++) {
+            const tacq_block_rows b = tacq_load_block(bits, x + row*row_size + ib*TACQ_BLOCK_BYTES(bits), 0);
+            for (int i = 0; i < 16; i++) {
+                int32_t lanes[TACQ_LANES];
+                vint_store(lanes, tacq_levels_of(bits, &b, &table, i/4, i % 4));
+                memcpy(levels + ((ib*16 + i)*TACQ_TILE + row)*4, lanes, 4);
+            }
+            for (int g = 0; g < 2; g++) {
+                float lanes[TACQ_LANES];
+                vfloat_store(lanes, b.scales[g]);
+                scales[(2*ib + g)*TACQ_TILE + row] = lanes[0];
+            }
         }
-        vfloat_store(scales + (2*ib)    *TACQ_TILE, b.scales[0]);
-        vfloat_store(scales + (2*ib + 1)*TACQ_TILE, b.scales[1]);
     }
 }
 
 TACQ_INLINE void unpack_rows(const int bits, int64_t n, int64_t n_rows, const uint8_t * x, size_t row_size, void * tile) {
-    for (int64_t row = 0; n_rows >= TACQ_LANES && row < n_rows; row += TACQ_LANES) {
+    if (n_rows < TACQ_LANES) {
+        unpack_single(bits, n, 0, n_rows, x, row_size, tile);
+        return;
+    }
+    for (int64_t row = 0; row < n_rows; row += TACQ_LANES) {
         row = row <= n_rows - TACQ_LANES ? row : n_rows - TACQ_LANES;
         unpack_lanes(bits, n, x + row*row_size, row_size, tile, row);
     }
-    for (int64_t row = 0; n_rows < TACQ_LANES && row < n_rows; row++) { // lanes above `row` are written again by the next rows, or not used
-        unpack_lanes(bits, n, x + row*row_size, 0, tile, row);
+}
+
+TACQ_INLINE void unpack_interleaved_rows(const int bits, int64_t n, int64_t n_rows, const uint8_t * x, size_t row_size, void * tile) {
+    const tacq_lookup table = tacq_lookup_of(bits);
+    int64_t row = 0;
+    for (; row + TACQ_LANES <= n_rows; row += TACQ_LANES) {
+        for (int64_t ib = 0; ib < n/QK_TACQ; ib++) {
+            const tacq_block_rows b = tacq_load_interleaved(bits, x + row*row_size, n, ib);
+            unpack_block(bits, &table, &b, n, ib, tile, row);
+        }
     }
+    unpack_single(bits, n, row, n_rows, x, row_size, tile);
 }
 
 void tacq_unpack(int bits, int64_t n, int64_t n_rows, const void * x, size_t row_size, void * tile) {
@@ -79,6 +118,14 @@ void tacq_unpack(int bits, int64_t n, int64_t n_rows, const void * x, size_t row
         case 2:  unpack_rows(2, n, n_rows, x, row_size, tile); break;
         case 3:  unpack_rows(3, n, n_rows, x, row_size, tile); break;
         default: unpack_rows(4, n, n_rows, x, row_size, tile); break;
+    }
+}
+
+void tacq_unpack_interleaved(int bits, int64_t n, int64_t n_rows, const void * x, size_t row_size, void * tile) {
+    switch (bits) {
+        case 2:  unpack_interleaved_rows(2, n, n_rows, x, row_size, tile); break;
+        case 3:  unpack_interleaved_rows(3, n, n_rows, x, row_size, tile); break;
+        default: unpack_interleaved_rows(4, n, n_rows, x, row_size, tile); break;
     }
 }
 
@@ -152,6 +199,10 @@ void tacq_gemm(int64_t n, int64_t n_rows, int64_t n_tokens, const void * tile, c
 #else
 
 void tacq_unpack(int bits, int64_t n, int64_t n_rows, const void * x, size_t row_size, void * tile) {
+    tacq_unpack_generic(bits, n, n_rows, x, row_size, tile);
+}
+
+void tacq_unpack_interleaved(int bits, int64_t n, int64_t n_rows, const void * x, size_t row_size, void * tile) {
     tacq_unpack_generic(bits, n, n_rows, x, row_size, tile);
 }
 

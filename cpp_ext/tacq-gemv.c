@@ -28,6 +28,29 @@ void tacq_gemv_generic(int bits, int64_t n, int64_t n_rows, int64_t n_tokens, co
 
 #define TACQ_GEMV_TOKENS 4 // most tokens a pass
 
+// Block ib of TACQ_LANES rows with each token.
+TACQ_INLINE void gemv_block(const int bits, const int n_tokens, const tacq_lookup * table, const tacq_block_rows * b, int64_t n, int64_t ib,
+                            const void * const * acts, vfloat sum[]) {
+    for (int g = 0; g < 2; g++) {
+        vint dot[TACQ_GEMV_TOKENS];
+        for (int t = 0; t < n_tokens; t++) {
+            dot[t] = vint_set1(tacq_act_c(acts[t], n)[2*ib + g]);
+        }
+        for (int i = 0; i < 8; i++) {
+            const vint levels = tacq_levels_of(bits, b, table, 2*g + i/4, i % 4);
+            for (int t = 0; t < n_tokens; t++) {
+                int32_t q4;
+                memcpy(&q4, (const int8_t *) acts[t] + ib*QK_TACQ + g*TACQ_GROUP + 4*i, sizeof(q4));
+                dot[t] = vint_dot(dot[t], levels, vint_set1(q4));
+            }
+        }
+        for (int t = 0; t < n_tokens; t++) {
+            const vfloat scale = vfloat_mul(b->scales[g], vfloat_set1(tacq_act_d(acts[t], n)[2*ib + g]));
+            sum[t] = vfloat_mad(vfloat_of(dot[t]), scale, sum[t]);
+        }
+    }
+}
+
 // Sums of TACQ_LANES rows for each token. These rows are read side by side, which hardware prefetchers do not follow: the rows at
 // `next` are asked for as they lie, one line after the other. `near`: into the first cache, if they fit there.
 TACQ_INLINE void gemv_lanes(const int bits, const int n_tokens, const bool near, int64_t n, const uint8_t * x, size_t row_size,
@@ -46,23 +69,20 @@ TACQ_INLINE void gemv_lanes(const int bits, const int n_tokens, const bool near,
         }
         next += TACQ_LANES*TACQ_BLOCK_BYTES(bits);
         const tacq_block_rows b = tacq_load_block(bits, x + ib*TACQ_BLOCK_BYTES(bits), row_size);
-        for (int g = 0; g < 2; g++) {
-            vint dot[TACQ_GEMV_TOKENS];
-            for (int t = 0; t < n_tokens; t++) {
-                dot[t] = vint_set1(tacq_act_c(acts[t], n)[2*ib + g]);
-            }
-            for (int i = 0; i < 8; i++) {
-                const vint levels = tacq_levels_of(bits, &b, &table, 2*g + i/4, i % 4);
-                for (int t = 0; t < n_tokens; t++) {
-                    int32_t q4;
-                    memcpy(&q4, (const int8_t *) acts[t] + ib*QK_TACQ + g*TACQ_GROUP + 4*i, sizeof(q4));
-                    dot[t] = vint_dot(dot[t], levels, vint_set1(q4));
-                }
-            }
-            for (int t = 0; t < n_tokens; t++) {
-                const vfloat scale = vfloat_mul(b.scales[g], vfloat_set1(tacq_act_d(acts[t], n)[2*ib + g]));
-                sum[t] = vfloat_mad(vfloat_of(dot[t]), scale, sum[t]);
-            }
+        gemv_block(bits, n_tokens, &table, &b, n, ib, acts, sum);
+    }
+}
+
+// fewer rows than lanes, one by one: the same row in all lanes, so that nothing behind the last row is read
+TACQ_INLINE void gemv_single(const int bits, const int n_tokens, int64_t n, int64_t row, int64_t n_rows, const uint8_t * x, size_t row_size,
+                             const uint8_t * next, const void * const * acts, float * const * y) {
+    vfloat sum[TACQ_GEMV_TOKENS];
+    for (; row < n_rows; row++) {
+        gemv_lanes(bits, n_tokens, false, n, x + row*row_size, 0, next, acts, sum);
+        for (int t = 0; t < n_tokens; t++) {
+            float lanes[TACQ_LANES];
+            vfloat_store(lanes, sum[t]);
+            y[t][row] = lanes[0];
         }
     }
 }
@@ -70,7 +90,11 @@ TACQ_INLINE void gemv_lanes(const int bits, const int n_tokens, const bool near,
 TACQ_INLINE void gemv_rows(const int bits, const int n_tokens, const bool near, int64_t n, int64_t n_rows, const uint8_t * x, size_t row_size,
                            const uint8_t * next, const void * const * acts, float * const * y) {
     vfloat sum[TACQ_GEMV_TOKENS];
-    for (int64_t row = 0; n_rows >= TACQ_LANES && row < n_rows; row += TACQ_LANES) {
+    if (n_rows < TACQ_LANES) {
+        gemv_single(bits, n_tokens, n, 0, n_rows, x, row_size, next, acts, y);
+        return;
+    }
+    for (int64_t row = 0; row < n_rows; row += TACQ_LANES) {
         // the last rows again with some that are done already: a row's result does not depend on its lane
         row = row <= n_rows - TACQ_LANES ? row : n_rows - TACQ_LANES;
         const uint8_t * ahead = row + 2*TACQ_LANES <= n_rows ? x + (row + TACQ_LANES)*row_size : next;
@@ -79,14 +103,26 @@ TACQ_INLINE void gemv_rows(const int bits, const int n_tokens, const bool near, 
             vfloat_store(y[t] + row, sum[t]);
         }
     }
-    for (int64_t row = 0; n_rows < TACQ_LANES && row < n_rows; row++) { // the same row in all lanes: nothing behind the last row is read
-        gemv_lanes(bits, n_tokens, near, n, x + row*row_size, 0, next, acts, sum);
+}
+
+TACQ_INLINE void gemv_interleaved_rows(const int bits, const int n_tokens, int64_t n, int64_t n_rows, const uint8_t * x, size_t row_size,
+                                       const void * const * acts, float * const * y) {
+    const tacq_lookup table = tacq_lookup_of(bits);
+    int64_t row = 0;
+    for (; row + TACQ_LANES <= n_rows; row += TACQ_LANES) {
+        vfloat sum[TACQ_GEMV_TOKENS];
         for (int t = 0; t < n_tokens; t++) {
-            float lanes[TACQ_LANES];
-            vfloat_store(lanes, sum[t]);
-            y[t][row] = lanes[0];
+            sum[t] = vfloat_set1(0.0f);
+        }
+        for (int64_t ib = 0; ib < n/QK_TACQ; ib++) {
+            const tacq_block_rows b = tacq_load_interleaved(bits, x + row*row_size, n, ib);
+            gemv_block(bits, n_tokens, &table, &b, n, ib, acts, sum);
+        }
+        for (int t = 0; t < n_tokens; t++) {
+            vfloat_store(y[t] + row, sum[t]);
         }
     }
+    gemv_single(bits, n_tokens, n, row, n_rows, x, row_size, x, acts, y);
 }
 
 TACQ_INLINE void gemv_tokens(const int bits, int64_t n, int64_t n_rows, int64_t n_tokens, const uint8_t * x, size_t row_size,
@@ -118,10 +154,38 @@ void tacq_gemv(int bits, int64_t n, int64_t n_rows, int64_t n_tokens, const void
     }
 }
 
+TACQ_INLINE void gemv_interleaved_tokens(const int bits, int64_t n, int64_t n_rows, int64_t n_tokens, const uint8_t * x, size_t row_size,
+                                         const void * const * acts, float * const * y) {
+    for (int64_t t = 0; t < n_tokens; ) {
+        if (n_tokens - t >= 4) {
+            gemv_interleaved_rows(bits, 4, n, n_rows, x, row_size, acts + t, y + t);
+            t += 4;
+        } else if (n_tokens - t >= 2) {
+            gemv_interleaved_rows(bits, 2, n, n_rows, x, row_size, acts + t, y + t);
+            t += 2;
+        } else {
+            gemv_interleaved_rows(bits, 1, n, n_rows, x, row_size, acts + t, y + t);
+            t += 1;
+        }
+    }
+}
+
+void tacq_gemv_interleaved(int bits, int64_t n, int64_t n_rows, int64_t n_tokens, const void * x, size_t row_size, const void * const * acts, float * const * y) {
+    switch (bits) {
+        case 2:  gemv_interleaved_tokens(2, n, n_rows, n_tokens, x, row_size, acts, y); break;
+        case 3:  gemv_interleaved_tokens(3, n, n_rows, n_tokens, x, row_size, acts, y); break;
+        default: gemv_interleaved_tokens(4, n, n_rows, n_tokens, x, row_size, acts, y); break;
+    }
+}
+
 #else
 
 void tacq_gemv(int bits, int64_t n, int64_t n_rows, int64_t n_tokens, const void * x, size_t row_size, const void * next, const void * const * acts, float * const * y) {
     tacq_gemv_generic(bits, n, n_rows, n_tokens, x, row_size, next, acts, y);
+}
+
+void tacq_gemv_interleaved(int bits, int64_t n, int64_t n_rows, int64_t n_tokens, const void * x, size_t row_size, const void * const * acts, float * const * y) {
+    tacq_gemv_generic(bits, n, n_rows, n_tokens, x, row_size, NULL, acts, y);
 }
 
 #endif

@@ -45,12 +45,27 @@ GGML_BACKEND_API void tacq_transpose_stripe        (const float * const * x, flo
 GGML_BACKEND_API void tacq_transpose_stripe_generic(const float * const * x, float * xt, int64_t n);
 
 //
+// interleaved rows: tacq_lanes() of them side by side, so that kernels read one stream and need not turn blocks round. All rows of a
+// matrix take as many bytes as before, and each tacq_lanes() the same ones; those behind the last multiple stay as they are.
+//
+//   uint8_t scales[n/64][lanes][2]
+//   uint8_t codes [n/64][2*bits][lanes][4]   dword i of every row's codes
+//
+
+GGML_BACKEND_API int64_t tacq_lanes(void); // 0: this machine's kernels read rows one by one
+
+// a matrix of rows that lie one after the other; `out` is another matrix
+GGML_BACKEND_API void tacq_interleave  (int bits, int64_t n, int64_t n_rows, const void * x, void * out);
+GGML_BACKEND_API void tacq_deinterleave(int bits, int64_t n, int64_t n_rows, const void * x, void * out);
+
+//
 // a few tokens: y[t][i] = row i . acts[t], for n_rows rows of n weights as they lie in the file
 //
 // next: what this thread reads after these rows (NULL: nothing), to be asked for while the last rows are computed
 
-GGML_BACKEND_API void tacq_gemv        (int bits, int64_t n, int64_t n_rows, int64_t n_tokens, const void * x, size_t row_size, const void * next, const void * const * acts, float * const * y);
-GGML_BACKEND_API void tacq_gemv_generic(int bits, int64_t n, int64_t n_rows, int64_t n_tokens, const void * x, size_t row_size, const void * next, const void * const * acts, float * const * y);
+GGML_BACKEND_API void tacq_gemv            (int bits, int64_t n, int64_t n_rows, int64_t n_tokens, const void * x, size_t row_size, const void * next, const void * const * acts, float * const * y);
+GGML_BACKEND_API void tacq_gemv_generic    (int bits, int64_t n, int64_t n_rows, int64_t n_tokens, const void * x, size_t row_size, const void * next, const void * const * acts, float * const * y);
+GGML_BACKEND_API void tacq_gemv_interleaved(int bits, int64_t n, int64_t n_rows, int64_t n_tokens, const void * x, size_t row_size, const void * const * acts, float * const * y);
 
 //
 // many tokens: TACQ_TILE rows are unpacked once, then multiplied with all tokens
@@ -65,9 +80,10 @@ static inline size_t tacq_tile_size(int64_t n) {
     return (size_t) n*TACQ_TILE + (size_t) (n/TACQ_GROUP)*TACQ_TILE*sizeof(float);
 }
 
-// n_rows <= TACQ_TILE; the others are as the last one
-GGML_BACKEND_API void tacq_unpack        (int bits, int64_t n, int64_t n_rows, const void * x, size_t row_size, void * tile);
-GGML_BACKEND_API void tacq_unpack_generic(int bits, int64_t n, int64_t n_rows, const void * x, size_t row_size, void * tile);
+// n_rows <= TACQ_TILE; what the tile has for others is never used
+GGML_BACKEND_API void tacq_unpack            (int bits, int64_t n, int64_t n_rows, const void * x, size_t row_size, void * tile);
+GGML_BACKEND_API void tacq_unpack_generic    (int bits, int64_t n, int64_t n_rows, const void * x, size_t row_size, void * tile);
+GGML_BACKEND_API void tacq_unpack_interleaved(int bits, int64_t n, int64_t n_rows, const void * x, size_t row_size, void * tile);
 
 // y[t][i] = row i . acts[t], i < n_rows <= TACQ_TILE
 GGML_BACKEND_API void tacq_gemm        (int64_t n, int64_t n_rows, int64_t n_tokens, const void * tile, const void * const * acts, float * const * y);

@@ -124,6 +124,7 @@ struct chunk_job {
     int64_t       next_sparse_row; // that of the next chunk, or -1
     const float * stripes;    // of this matrix, or nullptr
     bool          few;        // rows are used as they are packed; else there are at most TACQ_TILE
+    bool          interleaved;
 };
 
 // token(t, act, x, y): where token t's quantized activations, activations and results are
@@ -134,7 +135,7 @@ static void compute_chunk(const mul_mat_shape & shape, const chunk_job & job, co
         tacq_sparse_prefetch(s, job.sparse_row, job.n_rows, job.next_sparse_row);
     }
     if (!few) {
-        tacq_unpack(shape.bits, shape.n, job.n_rows, job.rows, job.row_size, tile);
+        (job.interleaved ? tacq_unpack_interleaved : tacq_unpack)(shape.bits, shape.n, job.n_rows, job.rows, job.row_size, tile);
     }
     for (int64_t t0 = first_token; t0 < last_token; t0 += BATCH) {
         const int64_t n_tokens = std::min(BATCH, last_token - t0);
@@ -144,7 +145,9 @@ static void compute_chunk(const mul_mat_shape & shape, const chunk_job & job, co
         for (int64_t t = 0; t < n_tokens; t++) {
             token(t0 + t, acts[t], xs[t], ys[t]);
         }
-        if (few) {
+        if (few && job.interleaved) {
+            tacq_gemv_interleaved(shape.bits, shape.n, job.n_rows, n_tokens, job.rows, job.row_size, acts, ys);
+        } else if (few) {
             tacq_gemv(shape.bits, shape.n, job.n_rows, n_tokens, job.rows, job.row_size, job.next, acts, ys);
         } else {
             tacq_gemm(shape.n, job.n_rows, n_tokens, tile, acts, ys);
@@ -162,7 +165,8 @@ static void compute_chunk(const mul_mat_shape & shape, const chunk_job & job, co
     }
 }
 
-// How n_rows are cut: the last chunk takes what is left over, because fewer rows than lanes are slow.
+// How n_rows are cut: the last chunk takes what is left over, because fewer rows than lanes are slow. Chunks begin at multiples
+// of 16, which every machine's number of interleaved rows divides.
 struct row_chunks {
     int64_t n_rows, size, n;
 
@@ -185,7 +189,7 @@ static row_chunks few_chunks(int64_t n_rows, int n_threads) {
     return row_chunks(n_rows, std::min<int64_t>(std::max<int64_t>(size, 16), 256));
 }
 
-void tacq_mul_mat(const ggml_compute_params * params, ggml_tensor * dst, const tacq_sparse * s) {
+void tacq_mul_mat(const ggml_compute_params * params, ggml_tensor * dst, const tacq_sparse * s, bool interleaved) {
     const ggml_tensor * src0 = dst->src[0];
     const ggml_tensor * src1 = dst->src[1];
 
@@ -247,6 +251,7 @@ void tacq_mul_mat(const ggml_compute_params * params, ggml_tensor * dst, const t
         job.sparse_row = sparse_row_of(chunk);
         job.next_sparse_row = next < n_chunks ? sparse_row_of(next) : -1;
         job.few        = ne11 <= FEW_TOKENS;
+        job.interleaved = interleaved;
         job.stripes    = w.stripes ? w.stripes + matrix*n_stripes(ne11)*TACQ_STRIPE*shape.n : nullptr;
 
         compute_chunk(shape, job, s, tile, chunk % n_parts*part, std::min(ne11, (chunk % n_parts + 1)*part),
@@ -283,7 +288,7 @@ static void group_by_expert(const ggml_tensor * ids, int64_t n_experts, const wo
     w.experts[0] = 0;
 }
 
-void tacq_mul_mat_id(const ggml_compute_params * params, ggml_tensor * dst, const tacq_sparse * s) {
+void tacq_mul_mat_id(const ggml_compute_params * params, ggml_tensor * dst, const tacq_sparse * s, bool interleaved) {
     const ggml_tensor * src0 = dst->src[0];
     const ggml_tensor * src1 = dst->src[1];
     const ggml_tensor * ids  = dst->src[2];
@@ -327,6 +332,7 @@ void tacq_mul_mat_id(const ggml_compute_params * params, ggml_tensor * dst, cons
         job.sparse_row = expert*ne01 + row;
         job.next_sparse_row = -1;
         job.few        = few;
+        job.interleaved = interleaved;
         job.stripes    = nullptr; // an expert's tokens are scattered
 
         compute_chunk(shape, job, s, tile, 0, n_list, [&](int64_t t, const void *& act, const float *& x, float *& y) {

@@ -247,6 +247,17 @@ TACQ_INLINE vint tacq_load_words(const uint8_t * x, size_t row_size) {
 #endif
 }
 
+// TACQ_LANES words that lie one after the other, each in a dword
+TACQ_INLINE vint tacq_widen_words(const uint8_t * x) {
+#if defined(TACQ_NEON)
+    return vreinterpretq_s32_u32(vmovl_u16(vreinterpret_u16_u8(vld1_u8(x))));
+#elif defined(TACQ_AVX512)
+    return _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *) x));
+#else
+    return _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *) x));
+#endif
+}
+
 // the lowest byte (which = 0) or the next one of every dword, four times
 TACQ_INLINE vint tacq_repeat_byte(vint dwords, const int which) {
 #if defined(TACQ_NEON)

@@ -8,8 +8,8 @@ endif()
 
 target_sources(ggml-base PRIVATE ${TACQ_DIR}/tacq-quants.c ${TACQ_DIR}/tacq-validate.c)
 target_sources(ggml-cpu  PRIVATE 
-    ${TACQ_DIR}/tacq-vec-dot.c ${TACQ_DIR}/tacq-activations.c ${TACQ_DIR}/tacq-gemv.c ${TACQ_DIR}/tacq-gemm.c ${TACQ_DIR}/tacq-sparse.c
-    ${TACQ_DIR}/tacq-mul-mat.cpp ${TACQ_DIR}/tacq-cpu.cpp)
+    ${TACQ_DIR}/tacq-vec-dot.c ${TACQ_DIR}/tacq-activations.c ${TACQ_DIR}/tacq-interleave.c ${TACQ_DIR}/tacq-gemv.c ${TACQ_DIR}/tacq-gemm.c ${TACQ_DIR}/tacq-sparse.c
+    ${TACQ_DIR}/tacq-mul-mat.cpp ${TACQ_DIR}/tacq-buffer.cpp ${TACQ_DIR}/tacq-cpu.cpp)
 target_sources(llama     PRIVATE ${TACQ_DIR}/tacq-load.cpp)
 
 # Public: ggml-impl.h includes tacq-types.h, and every backend includes ggml-impl.h.

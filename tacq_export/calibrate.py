@@ -59,6 +59,10 @@ class Calibration:
         """float32 [columns, columns]: sum over tokens of w_t x_t x_t^T, the mean of w_t being 1."""
         return _read(self.folder / "hessians" / f"{group}.safetensors", "hessian")
 
+    def token_weights(self, group: int) -> torch.Tensor:
+        """float32 [tokens of all texts]: w_t of a group of matrices, mean 1."""
+        return token_weights([_read(self.folder / "gradients.safetensors", f"{t.name}/tokens").sqrt() for t in self.groups[group]])
+
     def curvature(self, name: str) -> torch.Tensor:
         """float32 [rows, columns]: a_r / [H^-1]_jj, twice the loss per squared change of one weight whose row makes up for it."""
         inverse = _read(self.folder / "hessians" / f"{self.group_of(name)}.safetensors", "inverse_diagonal")
@@ -124,11 +128,10 @@ def calibrate(
     done = 0
     for i, part in enumerate(parts):
         what = "Hessians" if len(parts) == 1 else f"Hessians {i + 1}/{len(parts)}"
-        squared = [[_read(gradients, f"{t.name}/tokens") for t in group] for group in part]
-        weights = [token_weights([s.sqrt() for s in group]) if weighted else None for group in squared]
+        weights = [calibration.token_weights(k) if weighted else None for k in missing[done : done + len(part)]]
         with torch.autocast(loaded.model.device.type, torch.bfloat16, enabled=bf16):
             alone = [[t] for group in part for t in group]
-            both = collect_hessians(loaded.model, part + alone, texts, weights + [token_weights([s]) for group in squared for s in group], reporter, what)
+            both = collect_hessians(loaded.model, part + alone, texts, weights + [token_weights([_read(gradients, f"{t.name}/tokens")]) for [t] in alone], reporter, what)
         fishers = {t.name: fisher for [t], fisher in zip(alone, both[len(part) :], strict=True)}
         for k, (group, hessian) in enumerate(zip(part, both), done):
             with written_atomically(folder / "hessians" / f"{missing[k]}.safetensors") as partial:

@@ -76,7 +76,7 @@ def build_progress(reporter: Reporter):
 
 def export_parser(prog: str) -> argparse.ArgumentParser:
     """Flags of an export; each default is ExportConfig's."""
-    from .config import BASE_TYPES, DEFAULT_BPW, DEFAULT_EMBEDDING_TYPE, EMBEDDING_TYPES, HESSIANS, PRECISIONS, REFERENCES, SCORES, ExportConfig
+    from .config import BASE_TYPES, DEFAULT_BPW, DEFAULT_EMBEDDING_TYPE, EMBEDDING_TYPES, HESSIAN_INPUTS, HESSIANS, PRECISIONS, REFERENCES, SCORES, ExportConfig
 
     parser = argparse.ArgumentParser(
         prog=prog,
@@ -103,6 +103,10 @@ def export_parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument("--refine-sweeps", type=int, default=default["refine_sweeps"], metavar="N", help=f"passes of coordinate descent over codes and scales after GPTQ (default {default['refine_sweeps']}; 0 for none)")
     parser.add_argument("--damping", type=float, default=default["damping"], metavar="D", help=f"GPTQ's, as a share of the Hessian's mean diagonal (default {default['damping']})")
     parser.add_argument("--hessian", default=default["hessian"], metavar="H", help=f"how tokens count in GPTQ's Hessian: {', '.join(HESSIANS)}; gradient weighs each by how much the loss depends on it (default {default['hessian']})")
+    parser.add_argument(
+        "--hessian-inputs", default=default["hessian_inputs"], metavar="I",
+        help=f"whose inputs: {', '.join(HESSIAN_INPUTS)}; quantized lets each matrix make up for those before it, at the price of some passes more (default {default['hessian_inputs']})",
+    )  # fmt: skip
     parser.add_argument("--precision", default=default["precision"], metavar="P", help=f"of the calibration's matrix products: {', '.join(PRECISIONS)} (default {default['precision']}); bf16 is 2 to 3 times faster on CPUs that have it")
     parser.add_argument("--device", default=default["device"], metavar="D", help="auto, cpu, cuda, cuda:N (default auto)")
     parser.add_argument("--seed", type=int, default=default["seed"], metavar="N", help="of the random score (default 0)")

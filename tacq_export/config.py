@@ -14,6 +14,7 @@ from .tensor_types import TYPES_BY_NAME, TensorType
 SCORES = ("obs", "tacq", "fisher", "magnitude", "gradient", "random", "tacq-no-magnitude", "tacq-no-error")
 REFERENCES = ("rtn", "gptq")
 HESSIANS = ("gradient", "plain")
+HESSIAN_INPUTS = ("quantized", "float")
 PRECISIONS = ("f32", "bf16")
 BASE_TYPES = ("tacq2", "tacq3", "tacq4")
 # What the token embedding and the output head may be stored as: ours, and the stock types that gguf-py can write.
@@ -51,6 +52,8 @@ class ExportConfig:
     damping: share of the Hessian's mean diagonal that GPTQ adds to it.
     precision: of the matrix products of the calibration, f32 or bf16 (autocast; 2 to 3 times faster where the CPU has it).
     hessian: gradient weighs the tokens by their loss gradients (calibrate.py), plain counts all alike.
+    hessian_inputs: quantized has the model run block by block with what is quantized already, so that each matrix makes up for
+    those before it (quantize_sequential.py); float takes the calibration's, which is faster.
     device: auto, cpu, cuda or cuda:N.  threads: CPU threads (None: all this process may use).
     workdir: where unfinished work lies (None: OUTFILE.work, removed at the end).  resume: go on with it.
     """
@@ -73,6 +76,7 @@ class ExportConfig:
     refine_sweeps: int = 3
     damping: float = 0.01
     hessian: str = "gradient"
+    hessian_inputs: str = "quantized"
     precision: str = "f32"
     device: str = "auto"
     seed: int = 0
@@ -107,6 +111,7 @@ class ExportConfig:
         if self.base_type is not None:
             self._one_of("base_type", BASE_TYPES)
         self._one_of("hessian", HESSIANS)
+        self._one_of("hessian_inputs", HESSIAN_INPUTS)
         self._one_of("precision", PRECISIONS)
         for name in ("token_embedding_type", "output_tensor_type"):
             if getattr(self, name) is not None:

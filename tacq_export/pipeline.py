@@ -80,7 +80,7 @@ def export(config: ExportConfig, reporter: Reporter | None = None) -> ExportResu
         error = reference_error(loaded.linear, calibration, config, reporter)
         selection = plan_types(loaded, calibration, texts, head, fixed, config, error, reporter)
         work.save_selection(selection)
-    quantize_matrices(calibration, selection, config, work, reporter)
+    quantize_matrices(loaded, calibration, texts, selection, config, work, reporter)
     quantize_embedding(loaded, selection, work, reporter)
     keys = metadata(config, task.name, selection, len(texts), loaded)
     write_gguf(config.outfile, loaded.reference, planned_tensors(loaded, fixed, work), keys, reporter)

@@ -13,12 +13,13 @@ from .calibrate import Calibration
 from .config import ExportConfig
 from .fit_groups import dequantize_groups, round_to_nearest
 from .load_model import LinkedTensor, LoadedModel
-from .pack_tensor import QuantizedTensor, pack_tensor
+from .pack_tensor import QuantizedTensor, dequantize_tensor, pack_tensor
 from .quantize_gptq import GptqResult, inverse_hessian_cholesky, quantize_gptq
+from .quantize_sequential import walk_blocks
 from .reporting import Reporter
 from .select_weights import TensorSelection
 from .sparse_section import KeptWeights
-from .tensor_types import TensorType
+from .tensor_types import TYPES_BY_NAME, TensorType
 from .workdir import WorkDir
 
 ROWS_AT_ONCE = 16384
@@ -51,40 +52,59 @@ def kept_mask(selection: TensorSelection, tensor: LinkedTensor) -> torch.Tensor 
     return mask.reshape(tensor.shape).to(tensor.weight.device)
 
 
+def from_gguf_rows(matrix: torch.Tensor, tensor: LinkedTensor) -> torch.Tensor:
+    """The inverse of `to_gguf_rows`."""
+    return matrix if tensor.rows is None else torch.empty_like(matrix).index_copy_(0, tensor.rows.to(matrix.device), matrix)
+
+
 def quantize_matrices(
-    calibration: Calibration, selection: dict[str, TensorSelection], config: ExportConfig, work: WorkDir, reporter: Reporter
-) -> None:
+    loaded: LoadedModel, calibration: Calibration, texts: list[list[int]], selection: dict[str, TensorSelection], config: ExportConfig, work: WorkDir,
+    reporter: Reporter,
+) -> None:  # fmt: skip
     """GPTQ and coordinate descent for every matrix that multiplies and has a type of ours, into the work folder.
 
     The head is one of them, be it the embedding or a matrix of its own: its inputs are far from equal in size, so plain
-    rounding costs much more (measured in tools/LOG.md).
+    rounding costs much more (measured in tools/LOG.md). Modules of the model may hold quantized weights afterwards.
     """
 
-    def finish(tensor: LinkedTensor, hessian: torch.Tensor, upper: torch.Tensor) -> None:
+    def wanted(tensor: LinkedTensor) -> bool:
+        return tensor.name in selection and not work.has_tensor(tensor.name)
+
+    def visit(tensor: LinkedTensor, hessian: torch.Tensor, upper: torch.Tensor, target: torch.Tensor | None = None) -> None:
         started = time.monotonic()
         chosen = selection[tensor.name]
         mask = kept_mask(chosen, tensor)
-        result = quantize_rows(chosen.type.bits, tensor, hessian, mask, config, upper)
+        result = quantize_rows(chosen.type.bits, tensor, tensor.weight if target is None else target, hessian, mask, config, upper)
         data = pack_result(tensor, chosen.type, result, mask)
         facts = {"type": chosen.type.name, "error": result.error, "kept": len(chosen.kept), "selected": chosen.selected}
         work.save_tensor(tensor.name, data, facts)
         reporter.say(tensor_line(tensor, facts, time.monotonic() - started))
 
-    for_each_hessian(calibration, lambda t: t.name in selection and not work.has_tensor(t.name), config.damping, finish, reporter)
+    def quantized(tensor: LinkedTensor) -> torch.Tensor | None:
+        if not work.has_tensor(tensor.name):
+            return None  # of a stock type: near enough to the float weights
+        kind = TYPES_BY_NAME[work.load_facts(tensor.name)["type"]]
+        weights = dequantize_tensor(kind, work.load_tensor(tensor.name), *tensor.shape, tensor.name)
+        return from_gguf_rows(torch.from_numpy(weights), tensor)
+
+    if config.hessian_inputs == "quantized" and any(wanted(t) for t in loaded.linear):
+        weighted, bf16 = config.hessian == "gradient", config.precision == "bf16"
+        walk_blocks(loaded, calibration, texts, weighted, bf16, config.damping, wanted, visit, quantized, reporter)
+    for_each_hessian(calibration, wanted, config.damping, visit, reporter)  # the head, or all
 
 
 def quantize_rows(
-    bits: int, tensor: LinkedTensor, hessian: torch.Tensor, mask: torch.Tensor | None, config: ExportConfig, upper: torch.Tensor
+    bits: int, tensor: LinkedTensor, weight: torch.Tensor, hessian: torch.Tensor, mask: torch.Tensor | None, config: ExportConfig, upper: torch.Tensor
 ) -> GptqResult:
-    """`quantize_gptq`, some rows at a time: rows do not depend on each other, and a head has very many."""
+    """`quantize_gptq` of `weight` for a tensor, some rows at a time: rows do not depend on each other, and a head has very many."""
     slices = [slice(start, start + ROWS_AT_ONCE) for start in range(0, tensor.shape[0], ROWS_AT_ONCE)]
     parts = []
     for rows in slices:
         kept = None if mask is None else mask[rows]
-        parts.append(quantize_gptq(bits, tensor.weight[rows], hessian, kept, config.damping, tensor.name, upper, config.refine_sweeps))
+        parts.append(quantize_gptq(bits, weight[rows], hessian, kept, config.damping, tensor.name, upper, config.refine_sweeps))
     if len(parts) == 1:
         return parts[0]
-    energy = [float(((tensor.weight[rows].cpu() @ hessian) * tensor.weight[rows].cpu()).sum(dtype=torch.float64)) for rows in slices]
+    energy = [float(((weight[rows].cpu() @ hessian) * weight[rows].cpu()).sum(dtype=torch.float64)) for rows in slices]
     return GptqResult(
         codes=torch.cat([p.codes for p in parts]),
         scale_bytes=torch.cat([p.scale_bytes for p in parts]),

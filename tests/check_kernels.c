@@ -55,17 +55,26 @@ static int check(int bits, int n, int n_rows, int n_tokens) {
     tacq_gemv        (bits, n, n_rows, n_tokens, x, row_size, NULL, act_rows, ys[1]);
     const double few = difference(n_tokens, n_rows);
 
+    uint8_t * side_by_side = malloc(row_size*n_rows);
+    tacq_interleave(bits, n, n_rows, x, side_by_side);
+    tacq_gemv_interleaved(bits, n, n_rows, n_tokens, side_by_side, row_size, act_rows, ys[1]);
+    const double interleaved = difference(n_tokens, n_rows);
+
     double many = 0;
     if (n_rows <= TACQ_TILE) {
         char * tile = malloc(tacq_tile_size(n));
         tacq_unpack(bits, n, n_rows, x, row_size, tile);
         tacq_gemm(n, n_rows, n_tokens, tile, act_rows, ys[1]);
         many = difference(n_tokens, n_rows);
+        tacq_unpack_interleaved(bits, n, n_rows, side_by_side, row_size, tile);
+        tacq_gemm(n, n_rows, n_tokens, tile, act_rows, ys[1]);
+        many = fmax(many, difference(n_tokens, n_rows));
         free(tile);
     }
     free(x);
-    const int ok = few < 1e-6 && many < 1e-6;
-    printf("%s: bits %d, n %d, rows %d, tokens %d: %.1e %.1e\n", ok ? "ok" : "FAILED", bits, n, n_rows, n_tokens, few, many);
+    free(side_by_side);
+    const int ok = few < 1e-6 && interleaved < 1e-6 && many < 1e-6;
+    printf("%s: bits %d, n %d, rows %d, tokens %d: %.1e %.1e %.1e\n", ok ? "ok" : "FAILED", bits, n, n_rows, n_tokens, few, interleaved, many);
     return ok;
 }
 

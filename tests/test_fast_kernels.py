@@ -24,7 +24,7 @@ from tacq_export.tensor_types import TYPES_BY_NAME, tensor_type
 
 ROUNDING = 2.0**-24
 OFFSET, TILE, STRIPE = 64, 32, 48  # TACQ_OFFSET, TACQ_TILE, TACQ_STRIPE
-KERNELS = ["tacq-activations.c", "tacq-gemv.c", "tacq-gemm.c", "tacq-sparse.c"]
+KERNELS = ["tacq-activations.c", "tacq-interleave.c", "tacq-gemv.c", "tacq-gemm.c", "tacq-sparse.c"]
 VARIANTS = {"built": None, "avx2": ["-mavx2", "-mfma", "-mf16c"], "none": ["-mno-avx"]}
 SHAPES = [(1, 64), (7, 576), (16, 64), (33, 896), (67, 1536)]
 
@@ -196,6 +196,43 @@ def test_many_tokens(kernels, bits, rows, n):
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("rows, n", [*SHAPES, (32, 576)])
+def test_interleaved_rows(kernels, bits, rows, n):
+    """The layout of tacq-kernels.h; and from it the very same results as from rows as the file has them."""
+    rng = np.random.default_rng(rows + n + bits)
+    data = pack_tensor(random_tensor(rng, TYPES_BY_NAME[f"TACQ{bits}"], rows, n)).copy()
+    lanes = kernels.library.tacq_lanes()
+    assert lanes in (0, 4, 8, 16)
+    whole = rows // lanes * lanes if lanes else 0
+    blocks = data.reshape(rows, n // 64, 2 + 8 * bits)
+    parts = []
+    for first in range(0, whole, lanes or 1):
+        group = blocks[first : first + lanes]
+        parts.append(group[:, :, :2].transpose(1, 0, 2).reshape(-1))
+        parts.append(group[:, :, 2:].reshape(lanes, n // 64, 2 * bits, 4).transpose(1, 2, 0, 3).reshape(-1))
+    expected = np.concatenate([*parts, blocks[whole:].reshape(-1)])
+    out, back = np.zeros_like(data), np.zeros_like(data)
+    kernels.call("tacq_interleave", bits, n, rows, data, out)
+    kernels.call("tacq_deinterleave", bits, n, rows, out, back)
+    assert (out == expected).all() and (back == data).all()
+
+    acts, _ = activations(kernels, rng, 7, n)
+    for tokens in (1, 2, 3, 4, 7):
+        plain, interleaved = (np.full((7, rows + 1), np.nan, np.float32) for _ in range(2))
+        kernels.call("tacq_gemv", bits, n, rows, tokens, data, len(data) // rows, None, acts, list(plain))
+        kernels.call("tacq_gemv_interleaved", bits, n, rows, tokens, out, len(data) // rows, acts, list(interleaved))
+        assert np.array_equal(plain, interleaved, equal_nan=True)
+    if rows <= TILE:
+        tiles = [aligned(n * TILE + n // 32 * TILE * 4, np.uint8) for _ in range(2)]
+        kernels.call("tacq_unpack", bits, n, rows, data, len(data) // rows, tiles[0])
+        kernels.call("tacq_unpack_interleaved", bits, n, rows, out, len(data) // rows, tiles[1])
+        plain, interleaved = (tile[: n * TILE].reshape(n // 4, TILE, 4)[:, :rows] for tile in tiles)
+        assert (plain == interleaved).all()
+        plain, interleaved = (tile[n * TILE :].view(np.float32).reshape(n // 32, TILE)[:, :rows] for tile in tiles)
+        assert (plain == interleaved).all()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
 def test_largest_sums_do_not_saturate(kernels, bits):
     """Every level against activations of +-127: pairs of products are at the limit of 16 bits."""
     codec, n = CODECS[bits], 128
@@ -260,7 +297,7 @@ CROSS, EMULATOR = "aarch64-linux-gnu-gcc", "qemu-aarch64-static"
 def test_neon_in_an_emulator(tmp_path, march):
     tree = source_tree(lambda text: None)
     includes = [f"-I{p}" for p in (cpp_ext_dir(), tree / "ggml/include", tree / "ggml/src", tree / "ggml/src/ggml-cpu")]
-    sources = [str(cpp_ext_dir() / name) for name in KERNELS[:3]] + [str(Path(__file__).parent / "check_kernels.c")]
+    sources = [str(cpp_ext_dir() / name) for name in KERNELS[:4]] + [str(Path(__file__).parent / "check_kernels.c")]
     command = [CROSS, "-O2", "-std=gnu11", "-static", "-Wall", "-Wextra", "-Werror", "-Wno-unused-function", f"-march={march}"]
     subprocess.run([*command, *includes, *sources, "-lm", "-o", str(tmp_path / "check")], check=True)
     done = subprocess.run([EMULATOR, str(tmp_path / "check")], capture_output=True, text=True, timeout=300)

@@ -1,0 +1,215 @@
+"""What a matrix really gets to see: the model is run block by block with the matrices before it quantized already.
+
+With x_t the inputs of a matrix in the float model and z_t those in the quantized one, its outputs are right when
+sum_t w_t |W x_t - Q z_t|^2 is small. That is tr((V - Q) H (V - Q)^T) and a constant, with
+
+    H = sum_t w_t z_t z_t^T,    V = W + W C H^-1,    C = sum_t w_t (x_t - z_t) z_t^T
+
+so GPTQ gets H and, in place of W, the target V, in which each matrix makes up for what those before it did wrong (GPTAQ,
+arXiv 2504.02692). The official TaCQ, as GPTQ's code, has H of the quantized model's inputs too, but W as the target. tools/LOG.md
+has what each is worth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from .calibrate import Calibration
+from .errors import TacqError
+from .load_model import LinkedTensor, LoadedModel
+from .quantize_gptq import inverse_hessian_cholesky
+from .reporting import Reporter
+
+Arguments = tuple[tuple, dict]  # of a block, without the hidden states
+
+
+class _Stop(Exception):
+    """Ends a forward pass when what was wanted has been seen."""
+
+
+@dataclass
+class Seen:
+    """Of matrices with the same input: hessian H and cross C, float32 [columns, columns]."""
+
+    hessian: torch.Tensor
+    cross: torch.Tensor
+
+    def target(self, weight: torch.Tensor, upper: torch.Tensor) -> torch.Tensor:
+        """V = W + W C H^-1, float32 [rows, columns]; upper: U with U^T U = H^-1."""
+        return weight + ((weight @ self.cross) @ upper.t()) @ upper
+
+
+def blocks_of(loaded: LoadedModel, tensors: Sequence[LinkedTensor]) -> list[tuple[torch.nn.Module, list[LinkedTensor]]]:
+    """(block, its matrices) in the model's order. A block is what the first number in a module's name says: model.layers.7"""
+    found: dict[str, list[LinkedTensor]] = {}
+    for tensor in tensors:
+        parts = tensor.module_name.split(".")
+        number = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+        if number is None:
+            raise TacqError(f"tensor '{tensor.name}' ({tensor.module_name}) is in no block of {loaded.name}; use --hessian-inputs float.")
+        found.setdefault(".".join(parts[: number + 1]), []).append(tensor)
+    names = sorted(found, key=lambda name: int(name.rsplit(".", 1)[1]))
+    return [(loaded.model.get_submodule(name), found[name]) for name in names]
+
+
+class BlockWalk:
+    """Runs the texts through a model block by block, twice side by side: as it was, and with what is quantized so far.
+
+    blocks: all blocks, in order. After `enter`, `see` says what matrices of the block see; whoever quantizes them puts
+    the new weights into the modules; `leave` goes on to the next block.
+    """
+
+    def __init__(self, loaded: LoadedModel, blocks: Sequence[torch.nn.Module], texts: Sequence[Sequence[int]], bf16: bool):
+        self._model, self._bf16 = loaded.model, bf16
+        self._arguments: list[list[Arguments]] = []  # of each text and block
+        self._float: list[torch.Tensor] = []  # hidden states of each text, float model
+        self._inputs: dict[int, list[torch.Tensor]] = {}  # by module: each text's inputs in the float model
+        self._at = 0
+        wraps = _returns_tuple(loaded.model, blocks[0], texts[0])
+        for text in texts:
+            states, arguments = self._first_call(blocks, text, wraps)
+            self._float.append(states)
+            self._arguments.append(arguments)
+        self._quantized = list(self._float)
+        self._ahead: list[torch.Tensor] = []
+
+    @torch.no_grad()
+    def _first_call(self, blocks: Sequence[torch.nn.Module], text: Sequence[int], wraps: bool) -> tuple[torch.Tensor, list[Arguments]]:
+        """Hidden states that enter the first block, and with what else each block is called. No block computes anything here."""
+        entering: list[torch.Tensor] = []
+        arguments: list[Arguments] = []
+
+        def instead(*args, **kwargs):
+            hidden = args[0] if args else kwargs.pop("hidden_states")
+            entering.append(hidden)
+            arguments.append((args[1:], kwargs))
+            if len(arguments) == len(blocks):
+                raise _Stop
+            return (hidden,) if wraps else hidden
+
+        try:
+            for block in blocks:
+                block.forward = instead
+            with self._precision():
+                self._model(input_ids=torch.tensor([list(text)], device=self._model.device), use_cache=False)
+        except _Stop:
+            pass
+        finally:
+            for block in blocks:
+                del block.forward  # the class's again
+        return entering[0], arguments
+
+    def _precision(self):
+        return torch.autocast(self._model.device.type, torch.bfloat16, enabled=self._bf16)
+
+    @torch.no_grad()
+    def _run(self, block: torch.nn.Module, states: torch.Tensor, text: int) -> torch.Tensor:
+        args, kwargs = self._arguments[text][self._at]
+        with self._precision():
+            out = block(states, *args, **kwargs)
+        return out[0] if isinstance(out, tuple) else out
+
+    def enter(self, block: torch.nn.Module, modules: Sequence[torch.nn.Module]) -> None:
+        """Run the float model through the block, before any of its matrices is quantized. modules: one of each group that `see` will be asked for."""
+        self._inputs = {id(module): [] for module in modules}
+        with _hooked(modules, lambda module, args: self._inputs[id(module)].append(_rows(args[0]))):
+            self._ahead = [self._run(block, states, i) for i, states in enumerate(self._float)]
+
+    def see(self, block: torch.nn.Module, module: torch.nn.Module, weights: torch.Tensor | None) -> Seen:
+        """H and C of the inputs of `module`. weights: float32 [tokens of all texts], or None for 1."""
+        columns = module.weight.shape[1]
+        seen = Seen(*(torch.zeros(columns, columns, device=module.weight.device) for _ in range(2)))
+        first = 0
+
+        def hook(module: torch.nn.Module, args: tuple) -> None:
+            z, x = _rows(args[0]), self._inputs[id(module)][text]
+            weighted = z if weights is None else z * weights[first : first + len(z), None].to(z.device)
+            with torch.autocast(z.device.type, enabled=False):  # sums of squares stay in float32
+                seen.hessian.addmm_(z.t(), weighted)
+                seen.cross.addmm_((x - z).t(), weighted)
+            raise _Stop
+
+        with _hooked([module], hook):
+            for text, states in enumerate(self._quantized):
+                try:
+                    self._run(block, states, text)
+                except _Stop:
+                    pass
+                first += len(self._inputs[id(module)][text])
+        return seen
+
+    def leave(self, block: torch.nn.Module) -> None:
+        """Run the block with its new weights."""
+        self._quantized = [self._run(block, states, i) for i, states in enumerate(self._quantized)]
+        self._float, self._ahead, self._inputs = self._ahead, [], {}
+        self._at += 1
+
+
+@torch.no_grad()
+def _returns_tuple(model: torch.nn.Module, block: torch.nn.Module, text: Sequence[int]) -> bool:
+    """Whether the block puts its hidden states into a tuple, as some versions of transformers do."""
+    found: list[bool] = []
+
+    def hook(module: torch.nn.Module, args: tuple, output) -> None:
+        found.append(isinstance(output, tuple))
+        raise _Stop
+
+    handle = block.register_forward_hook(hook)
+    try:
+        model(input_ids=torch.tensor([list(text[:16])], device=model.device), use_cache=False)
+    except _Stop:
+        pass
+    finally:
+        handle.remove()
+    return found[0]
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    return x.detach().reshape(-1, x.shape[-1]).float()
+
+
+@contextmanager
+def _hooked(modules: Sequence[torch.nn.Module], hook):
+    handles = [module.register_forward_pre_hook(hook) for module in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def walk_blocks(
+    loaded: LoadedModel, calibration: Calibration, texts: Sequence[Sequence[int]], weighted: bool, bf16: bool, damping: float,
+    wanted: Callable[[LinkedTensor], bool], visit: Callable[[LinkedTensor, torch.Tensor, torch.Tensor, torch.Tensor], None],
+    quantized: Callable[[LinkedTensor], torch.Tensor | None], reporter: Reporter,
+) -> None:  # fmt: skip
+    """visit(tensor, hessian, inverse Cholesky, target) for every wanted matrix in a block, in the order in which the model runs them.
+
+    quantized(tensor): the weights [rows, columns] that the model goes on with, wanted or not; None leaves them as they are.
+    Modules hold the new weights afterwards.
+    """
+    names = {t.name for t in loaded.linear}
+    groups = [(k, group) for k, group in enumerate(calibration.groups) if group[0].name in names]
+    blocks = blocks_of(loaded, loaded.linear)
+    walk = BlockWalk(loaded, [block for block, _ in blocks], texts, bf16)
+    total, done = sum(1 for t in loaded.linear if wanted(t)), 0
+    for block, tensors in blocks:
+        inside = {t.name for t in tensors}
+        of_block = [(k, group, [t for t in group if wanted(t)]) for k, group in groups if group[0].name in inside]
+        walk.enter(block, [group[0].module for _, group, chosen in of_block if chosen])
+        for k, group, chosen in of_block:
+            if chosen:
+                seen = walk.see(block, group[0].module, calibration.token_weights(k) if weighted else None)
+                upper = inverse_hessian_cholesky(seen.hessian, damping, group[0].name)
+            for tensor in chosen:
+                visit(tensor, seen.hessian, upper, seen.target(tensor.weight, upper))
+                done += 1
+                reporter.progress(done, total, "quantizing")
+            for tensor in group:
+                if (weight := quantized(tensor)) is not None:
+                    tensor.module.weight.data.copy_(weight)
+        walk.leave(block)

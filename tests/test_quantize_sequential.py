@@ -1,0 +1,174 @@
+"""The block-by-block walk against whole models: what matrices see, the target that makes up for it, and whether it does."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from tacq_export.calibrate import calibrate
+from tacq_export.config import ExportConfig
+from tacq_export.errors import TacqError
+from tacq_export.quantize_gptq import inverse_hessian_cholesky
+from tacq_export.quantize_model import from_gguf_rows, head_tensor, quantize_matrices, to_gguf_rows
+from tacq_export.quantize_sequential import BlockWalk, Seen, blocks_of, walk_blocks
+from tacq_export.reporting import Reporter
+from tacq_export.select_weights import TensorSelection
+from tacq_export.tensor_types import TYPES_BY_NAME
+from tacq_export.workdir import WorkDir
+
+TEXTS = [[1, 5, 9, 20, 33, 270, 4], [1, 300, 12, 5, 5, 91], [1, 44]]  # of different lengths
+ARCHITECTURES = ["llama", "qwen2", "gemma3"]
+
+
+def own_copy(load_tiny, architecture: str):
+    """A loaded model whose weights a test may change."""
+    loaded = load_tiny(architecture)
+    model = copy.deepcopy(loaded.model)
+    names = dict(model.named_modules())
+    own = lambda t: None if t is None else replace(t, module=names[t.module_name])  # noqa: E731
+    return replace(loaded, model=model, linear=[own(t) for t in loaded.linear], embedding=own(loaded.embedding), head=own(loaded.head))
+
+
+def inputs(model, module_name: str) -> np.ndarray:
+    """float64 [tokens of all texts, columns]"""
+    caught = []
+    handle = model.get_submodule(module_name).register_forward_pre_hook(lambda m, args: caught.append(args[0][0].double().numpy()))
+    with torch.no_grad():
+        for text in TEXTS:
+            model(input_ids=torch.tensor([text]))
+    handle.remove()
+    return np.concatenate(caught)
+
+
+def some_weights() -> torch.Tensor:
+    return torch.rand(sum(map(len, TEXTS)), generator=torch.Generator().manual_seed(1)) * 2
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_what_a_matrix_sees(load_tiny, architecture):
+    """In the second block, with the first one's matrices and the block's own first ones changed: H and C of the inputs of two whole
+    models. float32 through two blocks: 1e-4 of the largest."""
+    loaded, changed = own_copy(load_tiny, architecture), own_copy(load_tiny, architecture)
+    blocks = blocks_of(loaded, loaded.linear)
+    assert [block for block, _ in blocks] == list(loaded.model.get_decoder().layers)
+    assert [t.name for _, tensors in blocks for t in tensors] == [t.name for t in loaded.linear if "blk.0" in t.name] + [t.name for t in loaded.linear if "blk.1" in t.name]
+    generator = torch.Generator().manual_seed(3)
+    walk = BlockWalk(loaded, [block for block, _ in blocks], TEXTS, bf16=False)
+    new = {t.name: t.weight + 0.1 * t.weight.std() * torch.randn(t.shape, generator=generator) for t in loaded.linear}
+    weights = some_weights()
+    for block, tensors in blocks:
+        order = [next(t for t in tensors if t.name.split(".")[2] == part) for part in ("attn_q", "attn_output", "ffn_up", "ffn_down")]
+        walk.enter(block, [t.module for t in order])
+        for tensor in order:
+            seen = walk.see(block, tensor.module, weights)
+            x, z = inputs(load_tiny(architecture).model, tensor.module_name), inputs(changed.model, tensor.module_name)
+            for found, expected in ((seen.hessian, np.einsum("t,ti,tj->ij", weights, z, z)), (seen.cross, np.einsum("t,ti,tj->ij", weights, x - z, z))):
+                np.testing.assert_allclose(found.numpy(), expected, atol=1e-4 * np.abs(np.einsum("t,ti,tj->ij", weights, z, z)).max())
+            for t, twin in zip(loaded.linear, changed.linear):
+                if t.module in _siblings(tensors, tensor):
+                    t.module.weight.data.copy_(new[t.name])
+                    twin.module.weight.data.copy_(new[t.name])
+        walk.leave(block)
+    assert np.abs(x - z).max() > 1e-3, "the two models differ"
+
+
+def _siblings(tensors, tensor) -> list[torch.nn.Module]:
+    """Modules with the same input as `tensor`."""
+    for group in (("attn_q", "attn_k", "attn_v"), ("ffn_gate", "ffn_up")):
+        if tensor.name.split(".")[2] in group:
+            return [t.module for t in tensors if t.name.split(".")[2] in group]
+    return [tensor.module]
+
+
+def test_the_target_is_the_weighted_least_squares_solution():
+    """V minimizes sum_t w_t |W x_t - V z_t|^2 + damping |V - W|^2."""
+    rng = np.random.default_rng(4)
+    x = rng.normal(0, 1, (50, 64))
+    z, w, weight = x + rng.normal(0, 0.3, x.shape), rng.exponential(1, 50), rng.normal(0, 1, (7, 64))
+    h, c = np.einsum("t,ti,tj->ij", w, z, z), np.einsum("t,ti,tj->ij", w, x - z, z)
+    seen = Seen(torch.from_numpy(h).float(), torch.from_numpy(c).float())
+    found = seen.target(torch.from_numpy(weight).float(), inverse_hessian_cholesky(seen.hessian, 0.05)).double().numpy()
+    # Stationary: sum_t w_t (V z_t - W x_t) z_t^T + damping (V - W) = 0
+    pull = np.einsum("t,tr,tj->rj", w, z @ found.T - x @ weight.T, z) + 0.05 * np.diag(h).mean() * (found - weight)
+    assert np.abs(pull).max() < 1e-4 * np.abs(weight @ h).max()
+
+
+def quantized_model(loaded, tmp_path, hessian_inputs: str, bits: int = 2, hessian: str = "plain"):
+    """(model with all matrices of its blocks quantized, work folder)"""
+    calibration = calibrate(loaded, head_tensor(loaded), TEXTS, 1, True, False, tmp_path / "calibration", Reporter())
+    work = WorkDir(tmp_path / hessian_inputs)
+    (work.path / "tensors").mkdir(parents=True, exist_ok=True)
+    nothing = torch.empty(0, dtype=torch.int64)
+    selection = {t.name: TensorSelection(TYPES_BY_NAME[f"TACQ{bits}"], nothing, 0) for t in loaded.linear}
+    config = ExportConfig("m", "t", "o.gguf", hessian_inputs=hessian_inputs, hessian=hessian)
+    quantize_matrices(loaded, calibration, TEXTS, selection, config, work, Reporter())
+    return work
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
+def test_matrices_make_up_for_those_before_them(load_tiny, tmp_path, architecture):
+    """The last matrix's outputs on the calibration texts are nearer to the float model's: by a third at the least here."""
+    wrong = {}
+    for hessian_inputs in ("float", "quantized"):
+        loaded = own_copy(load_tiny, architecture)
+        last = next(t for t in loaded.linear if t.name == "blk.1.ffn_down.weight")
+        exact = inputs(loaded.model, last.module_name) @ last.weight.double().numpy().T
+        work = quantized_model(loaded, tmp_path, hessian_inputs)
+        if hessian_inputs == "float":  # leaves the modules alone
+            put_weights(loaded, work)
+        got = inputs(loaded.model, last.module_name) @ last.weight.double().numpy().T
+        wrong[hessian_inputs] = np.square(got - exact).sum() / np.square(exact).sum()
+    assert 0 < wrong["quantized"] < 0.67 * wrong["float"]
+
+
+def put_weights(loaded, work) -> None:
+    from tacq_export.pack_tensor import dequantize_tensor
+
+    for t in loaded.linear:
+        values = dequantize_tensor(TYPES_BY_NAME["TACQ2"], work.load_tensor(t.name), *t.shape, t.name)
+        t.module.weight.data.copy_(from_gguf_rows(torch.from_numpy(values), t))
+
+
+def test_what_was_done_before_an_interruption_counts(load_tiny, tmp_path):
+    """Five matrices are there already: the others become the very same bytes."""
+    whole = quantized_model(own_copy(load_tiny, "llama"), tmp_path / "a", "quantized", hessian="gradient")
+    begun = tmp_path / "b" / "quantized" / "tensors"
+    begun.mkdir(parents=True)
+    for name in ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_up"):
+        for ending in (".bin", ".json"):
+            file = f"blk.0.{name}.weight{ending}"
+            (begun / file).write_bytes((whole.path / "tensors" / file).read_bytes())
+    again = quantized_model(own_copy(load_tiny, "llama"), tmp_path / "b", "quantized", hessian="gradient")
+    files = sorted(p.name for p in (whole.path / "tensors").glob("*.bin"))
+    assert len(files) == 14
+    for file in files:
+        assert (whole.path / "tensors" / file).read_bytes() == (again.path / "tensors" / file).read_bytes()
+
+
+def test_rows_go_to_the_file_and_back(load_tiny):
+    tensor = next(t for t in load_tiny("llama").linear if t.rows is not None)
+    assert torch.equal(from_gguf_rows(to_gguf_rows(tensor.weight, tensor), tensor), tensor.weight)
+    assert not torch.equal(to_gguf_rows(tensor.weight, tensor), tensor.weight)
+
+
+def test_the_model_is_left_without_hooks_when_it_fails(load_tiny, tmp_path):
+    loaded = own_copy(load_tiny, "qwen2")
+    calibration = calibrate(loaded, head_tensor(loaded), TEXTS, 1, True, False, tmp_path, Reporter())
+
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        walk_blocks(loaded, calibration, TEXTS, True, False, 0.01, lambda t: True, fail, lambda t: None, Reporter())
+    for module in loaded.model.modules():
+        assert not module._forward_pre_hooks and not module._forward_hooks and "forward" not in module.__dict__
+
+
+def test_a_matrix_outside_blocks_is_named(load_tiny):
+    loaded = load_tiny("qwen2")
+    with pytest.raises(TacqError, match="'token_embd.weight' .* is in no block .* use --hessian-inputs float"):
+        blocks_of(loaded, [*loaded.linear, loaded.embedding])
