@@ -75,9 +75,15 @@ class Calibration:
     def group_of(self, name: str) -> int:
         return next(k for k, group in enumerate(self.groups) if any(t.name == name for t in group))
 
+    def _kept_file(self, group: int, score: str, seed: int) -> Path:
+        return self.folder / "hessians" / f"{group}.kept-{score}-{seed}.json"
+
+    def has_kept_shares(self, group: int, score: str, seed: int) -> bool:
+        return self._kept_file(group, score, seed).is_file()
+
     def kept_shares(self, group: int, score: str, seed: int) -> dict[str, dict[int, list[float]]]:
         """{name: `kept_shares`} of the matrices of a group; made when they are first asked for, then on disk."""
-        path = self.folder / "hessians" / f"{group}.kept-{score}-{seed}.json"
+        path = self._kept_file(group, score, seed)
         if not path.is_file():
             hessian, statistic, shares = damped_hessian(self.hessian(group), SAMPLE_DAMPING), self.statistic(score), {}
             for t in self.groups[group]:

@@ -17,7 +17,7 @@ from .errors import TacqError
 from .load_model import LinkedTensor, LoadedModel, load_model
 from .load_task import load_task, tokenize_task
 from .pack_tensor import unpack_tensor
-from .plan_types import fixed_types, plan_types
+from .plan_types import fixed_types, plan_types, predicted_loss
 from .quantize_model import gptq_error, head_tensor, quantize_embedding, quantize_matrices, rounding_error
 from .reporting import Reporter
 from .runtime_source import need_space
@@ -31,7 +31,8 @@ from .write_gguf import PlannedTensor, copied, encoded, numpy_shape, open_gguf, 
 @dataclass(frozen=True)
 class ExportResult:
     """What was written. bpw_file: 8 x bytes of the file / all weights; bpw_linear: true bits per weight of the linear
-    matrices, scales and indices counted; kept: weights kept at 16 bits, selected: those of the global top among them."""
+    matrices, scales and indices counted; kept: weights kept at 16 bits, selected: those of the global top among them;
+    predicted_loss: nats a token that the blocks' types were predicted to cost, None if what is kept was not measured."""
 
     outfile: Path
     file_bytes: int
@@ -41,6 +42,7 @@ class ExportResult:
     bpw_linear: float
     kept: int
     selected: int
+    predicted_loss: float | None
     seconds: float
     peak_rss_bytes: int
 
@@ -85,7 +87,8 @@ def export(config: ExportConfig, reporter: Reporter | None = None) -> ExportResu
     keys = metadata(config, task.name, selection, len(texts), loaded)
     write_gguf(config.outfile, loaded.reference, planned_tensors(loaded, fixed, work), keys, reporter)
     check_written(config.outfile, work)
-    result = summarize(config.outfile, loaded, selection, started)
+    predicted = predicted_loss(calibration, selection, config.score, config.seed)
+    result = summarize(config.outfile, loaded, selection, predicted, started)
     if not config.keeps_workdir:
         work.remove()
     return result
@@ -174,7 +177,7 @@ def check_written(outfile: Path, work: WorkDir) -> None:
                 raise TacqError(f"tensor '{tensor.name}' reads back other bytes than were written; the disk of {outfile} is faulty.")
 
 
-def summarize(outfile: Path, loaded: LoadedModel, selection: dict[str, TensorSelection], started: float) -> ExportResult:
+def summarize(outfile: Path, loaded: LoadedModel, selection: dict[str, TensorSelection], predicted: float | None, started: float) -> ExportResult:
     """Sizes of what was written, read off the file."""
     tensors = {t.name: t for t in open_gguf(outfile).tensors}
     n_weights = sum(int(t.n_elements) for t in tensors.values())
@@ -189,6 +192,7 @@ def summarize(outfile: Path, loaded: LoadedModel, selection: dict[str, TensorSel
         bpw_linear=8 * sum(int(tensors[t.name].n_bytes) for t in loaded.linear) / loaded.n_linear,
         kept=sum(len(s.kept) for s in selection.values()),
         selected=sum(s.selected for s in selection.values()),
+        predicted_loss=predicted,
         seconds=time.monotonic() - started,
         peak_rss_bytes=peak,
     )

@@ -139,6 +139,22 @@ def allocate_types(
     return {name: o.type for name, o in chosen.items()}
 
 
+def predicted_loss(calibration: Calibration, selection: dict[str, TensorSelection], score: str, seed: int) -> float | None:
+    """Nats a token that the types of the blocks' matrices are predicted to cost (predict_loss.py); None where weights are kept by a score whose
+    worth no allocation has measured."""
+    losses, total = calibration.losses(), 0.0
+    for k, group in enumerate(calibration.groups):
+        chosen = [t for t in group if t.name in selection and t.name.startswith("blk.")]
+        mixed = any(selection[t.name].type.p for t in chosen)
+        if mixed and not calibration.has_kept_shares(k, score, seed):
+            return None
+        shares = calibration.kept_shares(k, score, seed) if mixed else {}
+        for tensor in chosen:
+            kind = selection[tensor.name].type
+            total += next(o.loss for o in options_for(tensor, losses[tensor.name], shares.get(tensor.name, {})) if o.type == kind)
+    return total
+
+
 def _bytes_of_fixed(loaded: LoadedModel, fixed: dict[str, str]) -> int:
     """Bytes of the blocks' matrices whose type the user decided."""
     return sum(type_bytes(t.shape, fixed[t.name]) for t in loaded.linear if t.name in fixed)

@@ -5,10 +5,13 @@
 
 Every row is written as soon as it is measured; the same command goes on. Experiments:
 
+    density      kept weights against the same bytes spent on wider types: TACQ2 with more and more kept, and of the same size
+                 what the allocator makes, with and without kept weights; and how well it predicts all of them
     scores       which weights are kept: the scores of tacq-export, at equal bytes, TACQ2 everywhere
-    density      kept weights against the same bytes spent on wider types (allocation with and without kept weights)
-    quantizer    sweeps of coordinate descent, damping, token weights
+    quantizer    sweeps of coordinate descent, damping, token weights, inputs of the quantized model
     calibration  the task's examples against another task's and general text (needs --data), and how many
+
+All but the row that says so have --hessian-inputs float, which takes a third of the time: rows are to be compared with each other.
 """
 
 from __future__ import annotations
@@ -18,6 +21,8 @@ import json
 import sys
 import time
 from pathlib import Path
+
+import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -33,21 +38,25 @@ from tacq_export.write_gguf import written_atomically  # noqa: E402
 
 TOOLS = Path(__file__).resolve().parent
 DATA = TOOLS / "data"
-RATIOS = (0.0, 0.001, 0.002, 0.004, 0.008, 0.016)
+RATIOS = (0.001, 0.002, 0.004, 0.008, 0.016)
+KEEP = {"may keep": True, "none kept": False}
 
 
 def experiments(data: Path | None) -> list[tuple[str, str, dict]]:
     """(experiment, name of the row, options of the export that differ from the defaults)."""
-    found = [("scores", "nothing kept", {"base_type": "tacq2", "no_kept": True})]
+    found = [("density", f"allocated, {bpw}, {what}", {"target_bpw": bpw, "no_kept": not keep}) for bpw in (2.6, 3.0, 3.5) for what, keep in KEEP.items()]
+    found += [("density", f"all {base.upper()}", {"base_type": base, "no_kept": True}) for base in ("tacq2", "tacq3", "tacq4")]
+    for ratio in RATIOS:
+        name = f"TACQ2, {100 * ratio:g} % kept"
+        found += [("density", name, {"base_type": "tacq2", "ratio": ratio})]
+        found += [("density", f"as large as {name}: allocated, {what}", {"same_bytes_as": name, "no_kept": not keep}) for what, keep in KEEP.items()]
     found += [("scores", score, {"base_type": "tacq2", "score": score}) for score in SCORES]
-    found += [("scores", "tacq, Q(W) by GPTQ", {"base_type": "tacq2", "reference": "gptq"})]
-    found += [("density", f"TACQ2, {100 * ratio:g} % kept", {"base_type": "tacq2", "ratio": ratio}) for ratio in RATIOS[1:]]
-    for bpw in (2.45, 2.6, 2.8, 3.0, 3.5):
-        found += [("density", f"allocated, {bpw}, {what}", {"target_bpw": bpw, "no_kept": not keep}) for what, keep in (("may keep", True), ("none kept", False))]
-    found += [("quantizer", f"{n} sweeps", {"refine_sweeps": n}) for n in (0, 1, 3, 6)]
+    found += [("scores", "tacq, Q(W) by GPTQ", {"base_type": "tacq2", "score": "tacq", "reference": "gptq"})]
+    found += [("quantizer", f"{n} sweeps", {"refine_sweeps": n}) for n in (3, 0, 1, 6)]
     found += [("quantizer", f"damping {d:g}", {"damping": d}) for d in (0.003, 0.03)]
     found += [("quantizer", "equal token weights", {"hessian": "plain"})]
-    found += [("calibration", f"{n} examples of the task", {"n_samples": n}) for n in (32, 64)]
+    found += [("quantizer", "inputs of the quantized model", {"hessian_inputs": "quantized"})]
+    found += [("calibration", f"{n} examples of the task", {"n_samples": n}) for n in (128, 32, 64)]
     if data:
         found += [("calibration", "Spider", {"task": data / "spider" / "calibration.jsonl"})]
         found += [("calibration", "wikitext2, 14 windows of 2048", {"task": data / "wikitext2" / "calibration.txt", "n_samples": 14})]
@@ -78,11 +87,15 @@ def run(args: argparse.Namespace) -> None:
         task = options.get("task", DATA / "gsm8k-train-128.jsonl")
         # What calibrates alike shares a work folder, and calibrates once.
         shared = work / "-".join([task.stem, str(options.get("n_samples", args.n_samples)), options.get("hessian", "gradient"), str(options.get("score") == "fisher")])
-        plain = {"task": task, "n_samples": args.n_samples, "token_embedding_type": "f16", "output_tensor_type": "f16", "threads": args.threads}
+        options = dict(options)
+        if other := options.pop("same_bytes_as", None):
+            options["target_bpw"] = next(row["bpw_linear"] for row in rows if row["name"] == other)
+        plain = {"task": task, "n_samples": args.n_samples, "hessian_inputs": "float", "token_embedding_type": "f16", "output_tensor_type": "f16", "threads": args.threads}
         outfile = work / "now.gguf"
         started = time.monotonic()
         result = export(ExportConfig(model=model, outfile=outfile, workdir=shared, force=True, **(plain | options)), reporter)
         row = {"experiment": experiment, "name": label, "bpw_linear": round(result.bpw_linear, 4), "file_bytes": result.file_bytes, "kept": result.kept}
+        row |= {"predicted_loss": result.predicted_loss and round(result.predicted_loss, 5)}
         for held, tokens in texts.items():
             quality = compare_models(reference, outfile, tokens, args.threads, lambda done, total: reporter.progress(done, total, "measuring"))
             row |= {f"{held}_kl": round(quality.kl, 5), f"{held}_kl_stderr": round(quality.kl_stderr, 5), f"{held}_ppl": round(quality.ppl, 4), f"{held}_top1": round(quality.top1, 4)}
@@ -93,10 +106,23 @@ def run(args: argparse.Namespace) -> None:
         outfile.unlink()
 
 
+    if (found := rank_correlation(rows)) is not None:
+        print(f"Rank correlation of predicted loss and measured KL on the task, {found[1]} files: {found[0]:.4f}")
+
+
+def rank_correlation(rows: list[dict]) -> tuple[float, int] | None:
+    """(Spearman's, number of files) over the rows that have a prediction and the default calibration; None for less than three."""
+    pairs = [(row["predicted_loss"], row["gsm8k_kl"]) for row in rows if row.get("predicted_loss") is not None and row["experiment"] == "density"]
+    if len(pairs) < 3:
+        return None
+    ranks = np.argsort(np.argsort(np.array(pairs), axis=0), axis=0)  # no ties: all are measured
+    return float(np.corrcoef(ranks.T)[0, 1]), len(pairs)
+
+
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="tools/ablate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", metavar="MODEL", help=f"{', '.join(MODELS)}, or the path of a GGUF")
-    parser.add_argument("--only", nargs="+", metavar="E", choices=["scores", "density", "quantizer", "calibration"])
+    parser.add_argument("--only", nargs="+", metavar="E", choices=["density", "scores", "quantizer", "calibration"])
     parser.add_argument("--n-samples", type=positive, default=128, metavar="N", help="calibration examples (default 128)")
     parser.add_argument("--n-eval", type=positive, default=24, metavar="N", help="held-out examples of each task (default 24)")
     parser.add_argument("--data", type=Path, metavar="DIR", help="folder with gsm8k/, spider/ and wikitext2/")
