@@ -17,7 +17,7 @@ from .write_gguf import written_atomically
 _STYLES = {
     "ours": ("tacq-export", "#0b5fa5", "o", "-", True),
     "stock": ("stock file, task imatrix", "#d1580b", "s", "", True),
-    "emulated": ("stock type on every matrix, emulated", "#7a7a7a", "D", ":", False),
+    "emulated": ("stock type as if it held every width, emulated", "#7a7a7a", "D", ":", False),
 }
 _TITLES = {"gsm8k": "GSM8K, exact answers", "spider": "Spider, execution match"}
 _LABEL_SIZE = 8
