@@ -55,13 +55,18 @@ TACQ_INLINE void unpack_block(const int bits, const tacq_lookup * table, const t
     vfloat_store(scales + (2*ib + 1)*TACQ_TILE, b->scales[1]);
 }
 
+// as in tacq-gemv.c
+TACQ_INLINE void prefetch_rows(const int bits, const uint8_t * next) {
+    for (int i = 0; i < TACQ_LANES*TACQ_BLOCK_BYTES(bits); i += 64) {
+        TACQ_PREFETCH_FAR(next + i);
+    }
+}
+
 TACQ_INLINE void unpack_lanes(const int bits, int64_t n, const uint8_t * x, size_t row_size, void * tile, int64_t lane) {
     const tacq_lookup table = tacq_lookup_of(bits);
     const uint8_t * next = x + TACQ_LANES*row_size;
     for (int64_t ib = 0; ib < n/QK_TACQ; ib++) {
-        for (int i = 0; i < TACQ_LANES*TACQ_BLOCK_BYTES(bits); i += 64) { // as in tacq-gemv.c
-            TACQ_PREFETCH_FAR(next + i);
-        }
+        prefetch_rows(bits, next);
         next += TACQ_LANES*TACQ_BLOCK_BYTES(bits);
         const tacq_block_rows b = tacq_load_block(bits, x + ib*TACQ_BLOCK_BYTES(bits), row_size);
         unpack_block(bits, &table, &b, n, ib, tile, lane);
@@ -105,7 +110,9 @@ TACQ_INLINE void unpack_interleaved_rows(const int bits, int64_t n, int64_t n_ro
     const tacq_lookup table = tacq_lookup_of(bits);
     int64_t row = 0;
     for (; row + TACQ_LANES <= n_rows; row += TACQ_LANES) {
+        const uint8_t * next = x + (row + TACQ_LANES)*row_size;
         for (int64_t ib = 0; ib < n/QK_TACQ; ib++) {
+            prefetch_rows(bits, next + ib*TACQ_LANES*TACQ_BLOCK_BYTES(bits));
             const tacq_block_rows b = tacq_load_interleaved(bits, x + row*row_size, n, ib);
             unpack_block(bits, &table, &b, n, ib, tile, row);
         }

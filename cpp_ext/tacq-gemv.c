@@ -31,11 +31,13 @@ void tacq_gemv_generic(int bits, int64_t n, int64_t n_rows, int64_t n_tokens, co
 // Block ib of TACQ_LANES rows with each token.
 TACQ_INLINE void gemv_block(const int bits, const int n_tokens, const tacq_lookup * table, const tacq_block_rows * b, int64_t n, int64_t ib,
                             const void * const * acts, vfloat sum[]) {
+    TACQ_UNROLL_8
     for (int g = 0; g < 2; g++) {
         vint dot[TACQ_GEMV_TOKENS];
         for (int t = 0; t < n_tokens; t++) {
             dot[t] = vint_set1(tacq_act_c(acts[t], n)[2*ib + g]);
         }
+        TACQ_UNROLL_8
         for (int i = 0; i < 8; i++) {
             const vint levels = tacq_levels_of(bits, b, table, 2*g + i/4, i % 4);
             for (int t = 0; t < n_tokens; t++) {
@@ -51,8 +53,19 @@ TACQ_INLINE void gemv_block(const int bits, const int n_tokens, const tacq_looku
     }
 }
 
-// Sums of TACQ_LANES rows for each token. These rows are read side by side, which hardware prefetchers do not follow: the rows at
-// `next` are asked for as they lie, one line after the other. `near`: into the first cache, if they fit there.
+// One block's share of the TACQ_LANES rows at `next`, line after line. Hardware prefetchers do not follow rows that are read side by side, and
+// are too late for a single stream (tools/LOG.md). `near`: into the first cache, if they fit there.
+TACQ_INLINE void prefetch_block(const int bits, const bool near, const uint8_t * next) {
+    for (int i = 0; i < TACQ_LANES*TACQ_BLOCK_BYTES(bits); i += 64) {
+        if (near) {
+            TACQ_PREFETCH_NEAR(next + i);
+        } else {
+            TACQ_PREFETCH_FAR(next + i);
+        }
+    }
+}
+
+// Sums of TACQ_LANES rows for each token.
 TACQ_INLINE void gemv_lanes(const int bits, const int n_tokens, const bool near, int64_t n, const uint8_t * x, size_t row_size,
                             const uint8_t * next, const void * const * acts, vfloat sum[]) {
     const tacq_lookup table = tacq_lookup_of(bits);
@@ -60,13 +73,7 @@ TACQ_INLINE void gemv_lanes(const int bits, const int n_tokens, const bool near,
         sum[t] = vfloat_set1(0.0f);
     }
     for (int64_t ib = 0; ib < n/QK_TACQ; ib++) {
-        for (int i = 0; i < TACQ_LANES*TACQ_BLOCK_BYTES(bits); i += 64) {
-            if (near) {
-                TACQ_PREFETCH_NEAR(next + i);
-            } else {
-                TACQ_PREFETCH_FAR(next + i);
-            }
-        }
+        prefetch_block(bits, near, next);
         next += TACQ_LANES*TACQ_BLOCK_BYTES(bits);
         const tacq_block_rows b = tacq_load_block(bits, x + ib*TACQ_BLOCK_BYTES(bits), row_size);
         gemv_block(bits, n_tokens, &table, &b, n, ib, acts, sum);
@@ -105,8 +112,8 @@ TACQ_INLINE void gemv_rows(const int bits, const int n_tokens, const bool near, 
     }
 }
 
-TACQ_INLINE void gemv_interleaved_rows(const int bits, const int n_tokens, int64_t n, int64_t n_rows, const uint8_t * x, size_t row_size,
-                                       const void * const * acts, float * const * y) {
+TACQ_INLINE void gemv_interleaved_rows(const int bits, const int n_tokens, const bool near, int64_t n, int64_t n_rows, const uint8_t * x, size_t row_size,
+                                       const uint8_t * next, const void * const * acts, float * const * y) {
     const tacq_lookup table = tacq_lookup_of(bits);
     int64_t row = 0;
     for (; row + TACQ_LANES <= n_rows; row += TACQ_LANES) {
@@ -114,7 +121,9 @@ TACQ_INLINE void gemv_interleaved_rows(const int bits, const int n_tokens, int64
         for (int t = 0; t < n_tokens; t++) {
             sum[t] = vfloat_set1(0.0f);
         }
+        const uint8_t * ahead = row + 2*TACQ_LANES <= n_rows ? x + (row + TACQ_LANES)*row_size : next;
         for (int64_t ib = 0; ib < n/QK_TACQ; ib++) {
+            prefetch_block(bits, near, ahead + ib*TACQ_LANES*TACQ_BLOCK_BYTES(bits));
             const tacq_block_rows b = tacq_load_interleaved(bits, x + row*row_size, n, ib);
             gemv_block(bits, n_tokens, &table, &b, n, ib, acts, sum);
         }
@@ -122,7 +131,7 @@ TACQ_INLINE void gemv_interleaved_rows(const int bits, const int n_tokens, int64
             vfloat_store(y[t] + row, sum[t]);
         }
     }
-    gemv_single(bits, n_tokens, n, row, n_rows, x, row_size, x, acts, y);
+    gemv_single(bits, n_tokens, n, row, n_rows, x, row_size, next, acts, y);
 }
 
 TACQ_INLINE void gemv_tokens(const int bits, int64_t n, int64_t n_rows, int64_t n_tokens, const uint8_t * x, size_t row_size,
@@ -155,26 +164,31 @@ void tacq_gemv(int bits, int64_t n, int64_t n_rows, int64_t n_tokens, const void
 }
 
 TACQ_INLINE void gemv_interleaved_tokens(const int bits, int64_t n, int64_t n_rows, int64_t n_tokens, const uint8_t * x, size_t row_size,
-                                         const void * const * acts, float * const * y) {
+                                         const uint8_t * next, const void * const * acts, float * const * y) {
+    const bool near = TACQ_LANES*row_size <= 12*1024;
+    next = next ? next : x;
     for (int64_t t = 0; t < n_tokens; ) {
         if (n_tokens - t >= 4) {
-            gemv_interleaved_rows(bits, 4, n, n_rows, x, row_size, acts + t, y + t);
+            gemv_interleaved_rows(bits, 4, false, n, n_rows, x, row_size, next, acts + t, y + t);
             t += 4;
         } else if (n_tokens - t >= 2) {
-            gemv_interleaved_rows(bits, 2, n, n_rows, x, row_size, acts + t, y + t);
+            gemv_interleaved_rows(bits, 2, false, n, n_rows, x, row_size, next, acts + t, y + t);
             t += 2;
+        } else if (near) {
+            gemv_interleaved_rows(bits, 1, true, n, n_rows, x, row_size, next, acts + t, y + t);
+            t += 1;
         } else {
-            gemv_interleaved_rows(bits, 1, n, n_rows, x, row_size, acts + t, y + t);
+            gemv_interleaved_rows(bits, 1, false, n, n_rows, x, row_size, next, acts + t, y + t);
             t += 1;
         }
     }
 }
 
-void tacq_gemv_interleaved(int bits, int64_t n, int64_t n_rows, int64_t n_tokens, const void * x, size_t row_size, const void * const * acts, float * const * y) {
+void tacq_gemv_interleaved(int bits, int64_t n, int64_t n_rows, int64_t n_tokens, const void * x, size_t row_size, const void * next, const void * const * acts, float * const * y) {
     switch (bits) {
-        case 2:  gemv_interleaved_tokens(2, n, n_rows, n_tokens, x, row_size, acts, y); break;
-        case 3:  gemv_interleaved_tokens(3, n, n_rows, n_tokens, x, row_size, acts, y); break;
-        default: gemv_interleaved_tokens(4, n, n_rows, n_tokens, x, row_size, acts, y); break;
+        case 2:  gemv_interleaved_tokens(2, n, n_rows, n_tokens, x, row_size, next, acts, y); break;
+        case 3:  gemv_interleaved_tokens(3, n, n_rows, n_tokens, x, row_size, next, acts, y); break;
+        default: gemv_interleaved_tokens(4, n, n_rows, n_tokens, x, row_size, next, acts, y); break;
     }
 }
 
@@ -184,8 +198,8 @@ void tacq_gemv(int bits, int64_t n, int64_t n_rows, int64_t n_tokens, const void
     tacq_gemv_generic(bits, n, n_rows, n_tokens, x, row_size, next, acts, y);
 }
 
-void tacq_gemv_interleaved(int bits, int64_t n, int64_t n_rows, int64_t n_tokens, const void * x, size_t row_size, const void * const * acts, float * const * y) {
-    tacq_gemv_generic(bits, n, n_rows, n_tokens, x, row_size, NULL, acts, y);
+void tacq_gemv_interleaved(int bits, int64_t n, int64_t n_rows, int64_t n_tokens, const void * x, size_t row_size, const void * next, const void * const * acts, float * const * y) {
+    tacq_gemv_generic(bits, n, n_rows, n_tokens, x, row_size, next, acts, y);
 }
 
 #endif

@@ -65,7 +65,7 @@ GGML_BACKEND_API void tacq_deinterleave(int bits, int64_t n, int64_t n_rows, con
 
 GGML_BACKEND_API void tacq_gemv            (int bits, int64_t n, int64_t n_rows, int64_t n_tokens, const void * x, size_t row_size, const void * next, const void * const * acts, float * const * y);
 GGML_BACKEND_API void tacq_gemv_generic    (int bits, int64_t n, int64_t n_rows, int64_t n_tokens, const void * x, size_t row_size, const void * next, const void * const * acts, float * const * y);
-GGML_BACKEND_API void tacq_gemv_interleaved(int bits, int64_t n, int64_t n_rows, int64_t n_tokens, const void * x, size_t row_size, const void * const * acts, float * const * y);
+GGML_BACKEND_API void tacq_gemv_interleaved(int bits, int64_t n, int64_t n_rows, int64_t n_tokens, const void * x, size_t row_size, const void * next, const void * const * acts, float * const * y);
 
 //
 // many tokens: TACQ_TILE rows are unpacked once, then multiplied with all tokens

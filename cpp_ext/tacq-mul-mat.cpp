@@ -146,7 +146,7 @@ static void compute_chunk(const mul_mat_shape & shape, const chunk_job & job, co
             token(t0 + t, acts[t], xs[t], ys[t]);
         }
         if (few && job.interleaved) {
-            tacq_gemv_interleaved(shape.bits, shape.n, job.n_rows, n_tokens, job.rows, job.row_size, acts, ys);
+            tacq_gemv_interleaved(shape.bits, shape.n, job.n_rows, n_tokens, job.rows, job.row_size, job.next, acts, ys);
         } else if (few) {
             tacq_gemv(shape.bits, shape.n, job.n_rows, n_tokens, job.rows, job.row_size, job.next, acts, ys);
         } else {

@@ -21,6 +21,15 @@
 #define TACQ_INLINE static inline __attribute__((always_inline))
 #endif
 
+// before a loop of at most 8 turns in which the counter has to become a constant
+#if defined(__clang__)
+#define TACQ_UNROLL_8 _Pragma("clang loop unroll(full)")
+#elif defined(__GNUC__)
+#define TACQ_UNROLL_8 _Pragma("GCC unroll 8")
+#else
+#define TACQ_UNROLL_8
+#endif
+
 #if defined(TACQ_LANES)
 
 #if defined(TACQ_NEON)

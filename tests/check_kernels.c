@@ -57,7 +57,7 @@ static int check(int bits, int n, int n_rows, int n_tokens) {
 
     uint8_t * side_by_side = malloc(row_size*n_rows);
     tacq_interleave(bits, n, n_rows, x, side_by_side);
-    tacq_gemv_interleaved(bits, n, n_rows, n_tokens, side_by_side, row_size, act_rows, ys[1]);
+    tacq_gemv_interleaved(bits, n, n_rows, n_tokens, side_by_side, row_size, NULL, act_rows, ys[1]);
     const double interleaved = difference(n_tokens, n_rows);
 
     double many = 0;

@@ -220,7 +220,7 @@ def test_interleaved_rows(kernels, bits, rows, n):
     for tokens in (1, 2, 3, 4, 7):
         plain, interleaved = (np.full((7, rows + 1), np.nan, np.float32) for _ in range(2))
         kernels.call("tacq_gemv", bits, n, rows, tokens, data, len(data) // rows, None, acts, list(plain))
-        kernels.call("tacq_gemv_interleaved", bits, n, rows, tokens, out, len(data) // rows, acts, list(interleaved))
+        kernels.call("tacq_gemv_interleaved", bits, n, rows, tokens, out, len(data) // rows, None, acts, list(interleaved))
         assert np.array_equal(plain, interleaved, equal_nan=True)
     if rows <= TILE:
         tiles = [aligned(n * TILE + n // 32 * TILE * 4, np.uint8) for _ in range(2)]
