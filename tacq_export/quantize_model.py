@@ -1,4 +1,4 @@
-"""Quantize all matrices of a loaded model: GPTQ with the calibration's Hessians, bytes into the work folder."""
+"""Quantize all matrices of a loaded model: GPTQ with the Hessians of the walk through the model or of the calibration, bytes into the work folder."""
 
 from __future__ import annotations
 
