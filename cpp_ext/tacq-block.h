@@ -142,6 +142,28 @@ TACQ_INLINE tacq_block_rows tacq_load_interleaved(const int bits, const uint8_t 
     return b;
 }
 
+// Block ib of TACQ_LANES rows from x on, in either order.
+TACQ_INLINE tacq_block_rows tacq_load(const int bits, const bool interleaved, const uint8_t * x, size_t row_size, int64_t n, int64_t ib) {
+    return interleaved ? tacq_load_interleaved(bits, x, n, ib) : tacq_load_block(bits, x + ib*TACQ_BLOCK_BYTES(bits), row_size);
+}
+
+// How many of n_rows the kernels take TACQ_LANES at a time; the others, one by one. Rows as in the file may be taken twice, if there are enough.
+TACQ_INLINE int64_t tacq_side_by_side(const bool interleaved, int64_t n_rows) {
+    return interleaved || n_rows < TACQ_LANES ? n_rows/TACQ_LANES*TACQ_LANES : n_rows;
+}
+
+// Asks for one block's share of the TACQ_LANES rows at `next`, line after line. Hardware prefetchers do not follow rows that are read
+// side by side, and are too late for a single stream (tools/LOG.md). `near`: into the first cache, if they fit there.
+TACQ_INLINE void tacq_prefetch_block(const int bits, const bool near, const uint8_t * next) {
+    for (int i = 0; i < TACQ_LANES*TACQ_BLOCK_BYTES(bits); i += 64) {
+        if (near) {
+            TACQ_PREFETCH_NEAR(next + i);
+        } else {
+            TACQ_PREFETCH_FAR(next + i);
+        }
+    }
+}
+
 // levels + TACQ_OFFSET of weights 16*l + 4*e .. 16*l + 4*e + 3 of every row
 TACQ_INLINE vint tacq_levels_of(const int bits, const tacq_block_rows * b, const tacq_lookup * table, const int l, const int e) {
     if (bits == 4) {

@@ -162,7 +162,7 @@ class tensor_traits : public ggml::cpu::tensor_traits {
         }
         if (tacq_mul_mat_takes(op)) {
             const auto compute = op->op == GGML_OP_MUL_MAT ? tacq_mul_mat : tacq_mul_mat_id;
-            compute(params, op, is_mixed ? &s : nullptr, tacq_is_interleaved(op->src[0]));
+            compute(params, op, is_mixed ? &s : nullptr);
             return true;
         }
         base_op base(op);

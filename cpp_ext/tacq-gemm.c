@@ -44,96 +44,67 @@ void tacq_gemm_generic(int64_t n, int64_t n_rows, int64_t n_tokens, const void *
 
 #if defined(TACQ_LANES)
 
-// Block ib of TACQ_LANES rows into the lanes of the tile that begin at `lane`.
-TACQ_INLINE void unpack_block(const int bits, const tacq_lookup * table, const tacq_block_rows * b, int64_t n, int64_t ib, void * tile, int64_t lane) {
+// TACQ_LANES rows into the lanes of the tile that begin at `lane`
+TACQ_INLINE void unpack_lanes(const int bits, const bool interleaved, int64_t n, const uint8_t * x, size_t row_size, void * tile, int64_t lane) {
+    const tacq_lookup table = tacq_lookup_of(bits);
     uint8_t * levels = (uint8_t *) tile + 4*lane;
     float   * scales = tile_scales(tile, n) + lane;
-    for (int i = 0; i < 16; i++) {
-        vint_store(levels + (ib*16 + i)*4*TACQ_TILE, tacq_levels_of(bits, b, table, i/4, i % 4));
-    }
-    vfloat_store(scales + (2*ib)    *TACQ_TILE, b->scales[0]);
-    vfloat_store(scales + (2*ib + 1)*TACQ_TILE, b->scales[1]);
-}
-
-// as in tacq-gemv.c
-TACQ_INLINE void prefetch_rows(const int bits, const uint8_t * next) {
-    for (int i = 0; i < TACQ_LANES*TACQ_BLOCK_BYTES(bits); i += 64) {
-        TACQ_PREFETCH_FAR(next + i);
-    }
-}
-
-TACQ_INLINE void unpack_lanes(const int bits, int64_t n, const uint8_t * x, size_t row_size, void * tile, int64_t lane) {
-    const tacq_lookup table = tacq_lookup_of(bits);
     const uint8_t * next = x + TACQ_LANES*row_size;
     for (int64_t ib = 0; ib < n/QK_TACQ; ib++) {
-        prefetch_rows(bits, next);
+        tacq_prefetch_block(bits, false, next);
         next += TACQ_LANES*TACQ_BLOCK_BYTES(bits);
-        const tacq_block_rows b = tacq_load_block(bits, x + ib*TACQ_BLOCK_BYTES(bits), row_size);
-        unpack_block(bits, &table, &b, n, ib, tile, lane);
+        const tacq_block_rows b = tacq_load(bits, interleaved, x, row_size, n, ib);
+        for (int i = 0; i < 16; i++) {
+            vint_store(levels + (ib*16 + i)*4*TACQ_TILE, tacq_levels_of(bits, &b, &table, i/4, i % 4));
+        }
+        vfloat_store(scales + (2*ib)    *TACQ_TILE, b.scales[0]);
+        vfloat_store(scales + (2*ib + 1)*TACQ_TILE, b.scales[1]);
     }
 }
 
-// rows from `row` on one by one: lanes above it are written again by the next row, or not used
-TACQ_INLINE void unpack_single(const int bits, int64_t n, int64_t row, int64_t n_rows, const uint8_t * x, size_t row_size, void * tile) {
-    float   * scales = tile_scales(tile, n);
-    uint8_t * levels = tile;
+// one row into one lane, where no other lane of the tile may be touched
+TACQ_INLINE void unpack_single(const int bits, int64_t n, const uint8_t * x, void * tile, int64_t lane) {
     const tacq_lookup table = tacq_lookup_of(bits);
-    for (; row < n_rows; row++) {
-        for (int64_t ib = 0; ib < n/QK_TACQ; ib++) {
-            const tacq_block_rows b = tacq_load_block(bits, x + row*row_size + ib*TACQ_BLOCK_BYTES(bits), 0);
-            for (int i = 0; i < 16; i++) {
-                int32_t lanes[TACQ_LANES];
-                vint_store(lanes, tacq_levels_of(bits, &b, &table, i/4, i % 4));
-                memcpy(levels + ((ib*16 + i)*TACQ_TILE + row)*4, lanes, 4);
-            }
-            for (int g = 0; g < 2; g++) {
-                float lanes[TACQ_LANES];
-                vfloat_store(lanes, b.scales[g]);
-                scales[(2*ib + g)*TACQ_TILE + row] = lanes[0];
-            }
+    for (int64_t ib = 0; ib < n/QK_TACQ; ib++) {
+        const tacq_block_rows b = tacq_load_block(bits, x + ib*TACQ_BLOCK_BYTES(bits), 0);
+        for (int i = 0; i < 16; i++) {
+            int32_t lanes[TACQ_LANES];
+            vint_store(lanes, tacq_levels_of(bits, &b, &table, i/4, i % 4));
+            memcpy((uint8_t *) tile + ((ib*16 + i)*TACQ_TILE + lane)*4, lanes, 4);
+        }
+        for (int g = 0; g < 2; g++) {
+            float lanes[TACQ_LANES];
+            vfloat_store(lanes, b.scales[g]);
+            tile_scales(tile, n)[(2*ib + g)*TACQ_TILE + lane] = lanes[0];
         }
     }
 }
 
-TACQ_INLINE void unpack_rows(const int bits, int64_t n, int64_t n_rows, const uint8_t * x, size_t row_size, void * tile) {
-    if (n_rows < TACQ_LANES) {
-        unpack_single(bits, n, 0, n_rows, x, row_size, tile);
-        return;
-    }
-    for (int64_t row = 0; row < n_rows; row += TACQ_LANES) {
+TACQ_INLINE void unpack_rows(const int bits, const bool interleaved, int64_t n, int64_t n_rows, const uint8_t * x, size_t row_size, void * tile) {
+    const int64_t n_side_by_side = tacq_side_by_side(interleaved, n_rows);
+    for (int64_t row = 0; row < n_side_by_side; row += TACQ_LANES) {
         row = row <= n_rows - TACQ_LANES ? row : n_rows - TACQ_LANES;
-        unpack_lanes(bits, n, x + row*row_size, row_size, tile, row);
+        unpack_lanes(bits, interleaved, n, x + row*row_size, row_size, tile, row);
+    }
+    for (int64_t row = n_side_by_side; row < n_rows; row++) {
+        unpack_single(bits, n, x + row*row_size, tile, row);
     }
 }
 
-TACQ_INLINE void unpack_interleaved_rows(const int bits, int64_t n, int64_t n_rows, const uint8_t * x, size_t row_size, void * tile) {
-    const tacq_lookup table = tacq_lookup_of(bits);
-    int64_t row = 0;
-    for (; row + TACQ_LANES <= n_rows; row += TACQ_LANES) {
-        const uint8_t * next = x + (row + TACQ_LANES)*row_size;
-        for (int64_t ib = 0; ib < n/QK_TACQ; ib++) {
-            prefetch_rows(bits, next + ib*TACQ_LANES*TACQ_BLOCK_BYTES(bits));
-            const tacq_block_rows b = tacq_load_interleaved(bits, x + row*row_size, n, ib);
-            unpack_block(bits, &table, &b, n, ib, tile, row);
-        }
+TACQ_INLINE void unpack(int bits, const bool interleaved, int64_t n, int64_t n_rows, const void * x, size_t row_size, void * tile) {
+    switch (bits) {
+        case 2:  unpack_rows(2, interleaved, n, n_rows, x, row_size, tile); break;
+        case 3:  unpack_rows(3, interleaved, n, n_rows, x, row_size, tile); break;
+        default: unpack_rows(4, interleaved, n, n_rows, x, row_size, tile); break;
     }
-    unpack_single(bits, n, row, n_rows, x, row_size, tile);
 }
 
 void tacq_unpack(int bits, int64_t n, int64_t n_rows, const void * x, size_t row_size, void * tile) {
-    switch (bits) {
-        case 2:  unpack_rows(2, n, n_rows, x, row_size, tile); break;
-        case 3:  unpack_rows(3, n, n_rows, x, row_size, tile); break;
-        default: unpack_rows(4, n, n_rows, x, row_size, tile); break;
-    }
+    unpack(bits, false, n, n_rows, x, row_size, tile);
 }
 
 void tacq_unpack_interleaved(int bits, int64_t n, int64_t n_rows, const void * x, size_t row_size, void * tile) {
-    switch (bits) {
-        case 2:  unpack_interleaved_rows(2, n, n_rows, x, row_size, tile); break;
-        case 3:  unpack_interleaved_rows(3, n, n_rows, x, row_size, tile); break;
-        default: unpack_interleaved_rows(4, n, n_rows, x, row_size, tile); break;
-    }
+    unpack(bits, true, n, n_rows, x, row_size, tile);
 }
 
 // Two vectors of rows and as many tokens as there are registers for their sums, in integers within a group and in floats.

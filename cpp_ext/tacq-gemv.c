@@ -53,39 +53,36 @@ TACQ_INLINE void gemv_block(const int bits, const int n_tokens, const tacq_looku
     }
 }
 
-// One block's share of the TACQ_LANES rows at `next`, line after line. Hardware prefetchers do not follow rows that are read side by side, and
-// are too late for a single stream (tools/LOG.md). `near`: into the first cache, if they fit there.
-TACQ_INLINE void prefetch_block(const int bits, const bool near, const uint8_t * next) {
-    for (int i = 0; i < TACQ_LANES*TACQ_BLOCK_BYTES(bits); i += 64) {
-        if (near) {
-            TACQ_PREFETCH_NEAR(next + i);
-        } else {
-            TACQ_PREFETCH_FAR(next + i);
-        }
-    }
-}
-
-// Sums of TACQ_LANES rows for each token.
-TACQ_INLINE void gemv_lanes(const int bits, const int n_tokens, const bool near, int64_t n, const uint8_t * x, size_t row_size,
+// Sums of TACQ_LANES rows for each token, while the rows at `next` are asked for.
+TACQ_INLINE void gemv_lanes(const int bits, const int n_tokens, const bool near, const bool interleaved, int64_t n, const uint8_t * x, size_t row_size,
                             const uint8_t * next, const void * const * acts, vfloat sum[]) {
     const tacq_lookup table = tacq_lookup_of(bits);
     for (int t = 0; t < n_tokens; t++) {
         sum[t] = vfloat_set1(0.0f);
     }
     for (int64_t ib = 0; ib < n/QK_TACQ; ib++) {
-        prefetch_block(bits, near, next);
+        tacq_prefetch_block(bits, near, next);
         next += TACQ_LANES*TACQ_BLOCK_BYTES(bits);
-        const tacq_block_rows b = tacq_load_block(bits, x + ib*TACQ_BLOCK_BYTES(bits), row_size);
+        const tacq_block_rows b = tacq_load(bits, interleaved, x, row_size, n, ib);
         gemv_block(bits, n_tokens, &table, &b, n, ib, acts, sum);
     }
 }
 
-// fewer rows than lanes, one by one: the same row in all lanes, so that nothing behind the last row is read
-TACQ_INLINE void gemv_single(const int bits, const int n_tokens, int64_t n, int64_t row, int64_t n_rows, const uint8_t * x, size_t row_size,
-                             const uint8_t * next, const void * const * acts, float * const * y) {
+TACQ_INLINE void gemv_rows(const int bits, const int n_tokens, const bool near, const bool interleaved, int64_t n, int64_t n_rows, const uint8_t * x, size_t row_size,
+                           const uint8_t * next, const void * const * acts, float * const * y) {
     vfloat sum[TACQ_GEMV_TOKENS];
-    for (; row < n_rows; row++) {
-        gemv_lanes(bits, n_tokens, false, n, x + row*row_size, 0, next, acts, sum);
+    const int64_t n_side_by_side = tacq_side_by_side(interleaved, n_rows);
+    for (int64_t row = 0; row < n_side_by_side; row += TACQ_LANES) {
+        // the last rows again with some that are done already: a row's result does not depend on its lane
+        row = row <= n_rows - TACQ_LANES ? row : n_rows - TACQ_LANES;
+        const uint8_t * ahead = row + 2*TACQ_LANES <= n_rows ? x + (row + TACQ_LANES)*row_size : next;
+        gemv_lanes(bits, n_tokens, near, interleaved, n, x + row*row_size, row_size, ahead, acts, sum);
+        for (int t = 0; t < n_tokens; t++) {
+            vfloat_store(y[t] + row, sum[t]);
+        }
+    }
+    for (int64_t row = n_side_by_side; row < n_rows; row++) { // the same row in all lanes: nothing behind the last row is read
+        gemv_lanes(bits, n_tokens, near, false, n, x + row*row_size, 0, next, acts, sum);
         for (int t = 0; t < n_tokens; t++) {
             float lanes[TACQ_LANES];
             vfloat_store(lanes, sum[t]);
@@ -94,102 +91,42 @@ TACQ_INLINE void gemv_single(const int bits, const int n_tokens, int64_t n, int6
     }
 }
 
-TACQ_INLINE void gemv_rows(const int bits, const int n_tokens, const bool near, int64_t n, int64_t n_rows, const uint8_t * x, size_t row_size,
-                           const uint8_t * next, const void * const * acts, float * const * y) {
-    vfloat sum[TACQ_GEMV_TOKENS];
-    if (n_rows < TACQ_LANES) {
-        gemv_single(bits, n_tokens, n, 0, n_rows, x, row_size, next, acts, y);
-        return;
-    }
-    for (int64_t row = 0; row < n_rows; row += TACQ_LANES) {
-        // the last rows again with some that are done already: a row's result does not depend on its lane
-        row = row <= n_rows - TACQ_LANES ? row : n_rows - TACQ_LANES;
-        const uint8_t * ahead = row + 2*TACQ_LANES <= n_rows ? x + (row + TACQ_LANES)*row_size : next;
-        gemv_lanes(bits, n_tokens, near, n, x + row*row_size, row_size, ahead, acts, sum);
-        for (int t = 0; t < n_tokens; t++) {
-            vfloat_store(y[t] + row, sum[t]);
-        }
-    }
-}
-
-TACQ_INLINE void gemv_interleaved_rows(const int bits, const int n_tokens, const bool near, int64_t n, int64_t n_rows, const uint8_t * x, size_t row_size,
-                                       const uint8_t * next, const void * const * acts, float * const * y) {
-    const tacq_lookup table = tacq_lookup_of(bits);
-    int64_t row = 0;
-    for (; row + TACQ_LANES <= n_rows; row += TACQ_LANES) {
-        vfloat sum[TACQ_GEMV_TOKENS];
-        for (int t = 0; t < n_tokens; t++) {
-            sum[t] = vfloat_set1(0.0f);
-        }
-        const uint8_t * ahead = row + 2*TACQ_LANES <= n_rows ? x + (row + TACQ_LANES)*row_size : next;
-        for (int64_t ib = 0; ib < n/QK_TACQ; ib++) {
-            prefetch_block(bits, near, ahead + ib*TACQ_LANES*TACQ_BLOCK_BYTES(bits));
-            const tacq_block_rows b = tacq_load_interleaved(bits, x + row*row_size, n, ib);
-            gemv_block(bits, n_tokens, &table, &b, n, ib, acts, sum);
-        }
-        for (int t = 0; t < n_tokens; t++) {
-            vfloat_store(y[t] + row, sum[t]);
-        }
-    }
-    gemv_single(bits, n_tokens, n, row, n_rows, x, row_size, next, acts, y);
-}
-
-TACQ_INLINE void gemv_tokens(const int bits, int64_t n, int64_t n_rows, int64_t n_tokens, const uint8_t * x, size_t row_size,
+TACQ_INLINE void gemv_tokens(const int bits, const bool interleaved, int64_t n, int64_t n_rows, int64_t n_tokens, const uint8_t * x, size_t row_size,
                              const uint8_t * next, const void * const * acts, float * const * y) {
     const bool near = TACQ_LANES*row_size <= 12*1024;
     next = next ? next : x; // which is in the cache already
     for (int64_t t = 0; t < n_tokens; ) {
         if (n_tokens - t >= 4) {
-            gemv_rows(bits, 4, false, n, n_rows, x, row_size, next, acts + t, y + t);
+            gemv_rows(bits, 4, false, interleaved, n, n_rows, x, row_size, next, acts + t, y + t);
             t += 4;
         } else if (n_tokens - t >= 2) {
-            gemv_rows(bits, 2, false, n, n_rows, x, row_size, next, acts + t, y + t);
+            gemv_rows(bits, 2, false, interleaved, n, n_rows, x, row_size, next, acts + t, y + t);
             t += 2;
         } else if (near) {
-            gemv_rows(bits, 1, true, n, n_rows, x, row_size, next, acts + t, y + t);
+            gemv_rows(bits, 1, true, interleaved, n, n_rows, x, row_size, next, acts + t, y + t);
             t += 1;
         } else {
-            gemv_rows(bits, 1, false, n, n_rows, x, row_size, next, acts + t, y + t);
+            gemv_rows(bits, 1, false, interleaved, n, n_rows, x, row_size, next, acts + t, y + t);
             t += 1;
         }
+    }
+}
+
+TACQ_INLINE void gemv(int bits, const bool interleaved, int64_t n, int64_t n_rows, int64_t n_tokens, const void * x, size_t row_size, const void * next,
+                      const void * const * acts, float * const * y) {
+    switch (bits) {
+        case 2:  gemv_tokens(2, interleaved, n, n_rows, n_tokens, x, row_size, next, acts, y); break;
+        case 3:  gemv_tokens(3, interleaved, n, n_rows, n_tokens, x, row_size, next, acts, y); break;
+        default: gemv_tokens(4, interleaved, n, n_rows, n_tokens, x, row_size, next, acts, y); break;
     }
 }
 
 void tacq_gemv(int bits, int64_t n, int64_t n_rows, int64_t n_tokens, const void * x, size_t row_size, const void * next, const void * const * acts, float * const * y) {
-    switch (bits) {
-        case 2:  gemv_tokens(2, n, n_rows, n_tokens, x, row_size, next, acts, y); break;
-        case 3:  gemv_tokens(3, n, n_rows, n_tokens, x, row_size, next, acts, y); break;
-        default: gemv_tokens(4, n, n_rows, n_tokens, x, row_size, next, acts, y); break;
-    }
-}
-
-TACQ_INLINE void gemv_interleaved_tokens(const int bits, int64_t n, int64_t n_rows, int64_t n_tokens, const uint8_t * x, size_t row_size,
-                                         const uint8_t * next, const void * const * acts, float * const * y) {
-    const bool near = TACQ_LANES*row_size <= 12*1024;
-    next = next ? next : x;
-    for (int64_t t = 0; t < n_tokens; ) {
-        if (n_tokens - t >= 4) {
-            gemv_interleaved_rows(bits, 4, false, n, n_rows, x, row_size, next, acts + t, y + t);
-            t += 4;
-        } else if (n_tokens - t >= 2) {
-            gemv_interleaved_rows(bits, 2, false, n, n_rows, x, row_size, next, acts + t, y + t);
-            t += 2;
-        } else if (near) {
-            gemv_interleaved_rows(bits, 1, true, n, n_rows, x, row_size, next, acts + t, y + t);
-            t += 1;
-        } else {
-            gemv_interleaved_rows(bits, 1, false, n, n_rows, x, row_size, next, acts + t, y + t);
-            t += 1;
-        }
-    }
+    gemv(bits, false, n, n_rows, n_tokens, x, row_size, next, acts, y);
 }
 
 void tacq_gemv_interleaved(int bits, int64_t n, int64_t n_rows, int64_t n_tokens, const void * x, size_t row_size, const void * next, const void * const * acts, float * const * y) {
-    switch (bits) {
-        case 2:  gemv_interleaved_tokens(2, n, n_rows, n_tokens, x, row_size, next, acts, y); break;
-        case 3:  gemv_interleaved_tokens(3, n, n_rows, n_tokens, x, row_size, next, acts, y); break;
-        default: gemv_interleaved_tokens(4, n, n_rows, n_tokens, x, row_size, next, acts, y); break;
-    }
+    gemv(bits, true, n, n_rows, n_tokens, x, row_size, next, acts, y);
 }
 
 #else

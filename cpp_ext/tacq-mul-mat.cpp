@@ -5,6 +5,8 @@
 
 #include "tacq-mul-mat.h"
 
+#include "tacq-buffer.h"
+
 #include "ggml-cpu-impl.h"
 #include "ggml-impl.h"
 
@@ -19,9 +21,11 @@ struct mul_mat_shape {
     int64_t n;        // weights a row
     int64_t n_rows;   // of one matrix
     size_t  act_size;
+    bool    interleaved;
 
     explicit mul_mat_shape(const ggml_tensor * op)
-        : bits(tacq_bits(op->src[0]->type)), n(op->src[0]->ne[0]), n_rows(op->src[0]->ne[1]), act_size(tacq_act_size(n)) {}
+        : bits(tacq_bits(op->src[0]->type)), n(op->src[0]->ne[0]), n_rows(op->src[0]->ne[1]), act_size(tacq_act_size(n)),
+          interleaved(tacq_is_interleaved(op->src[0])) {}
 };
 
 // Work memory, in this order; every part begins at a multiple of 64 bytes from the first.
@@ -124,7 +128,6 @@ struct chunk_job {
     int64_t       next_sparse_row; // that of the next chunk, or -1
     const float * stripes;    // of this matrix, or nullptr
     bool          few;        // rows are used as they are packed; else there are at most TACQ_TILE
-    bool          interleaved;
 };
 
 // token(t, act, x, y): where token t's quantized activations, activations and results are
@@ -135,7 +138,7 @@ static void compute_chunk(const mul_mat_shape & shape, const chunk_job & job, co
         tacq_sparse_prefetch(s, job.sparse_row, job.n_rows, job.next_sparse_row);
     }
     if (!few) {
-        (job.interleaved ? tacq_unpack_interleaved : tacq_unpack)(shape.bits, shape.n, job.n_rows, job.rows, job.row_size, tile);
+        (shape.interleaved ? tacq_unpack_interleaved : tacq_unpack)(shape.bits, shape.n, job.n_rows, job.rows, job.row_size, tile);
     }
     for (int64_t t0 = first_token; t0 < last_token; t0 += BATCH) {
         const int64_t n_tokens = std::min(BATCH, last_token - t0);
@@ -145,10 +148,8 @@ static void compute_chunk(const mul_mat_shape & shape, const chunk_job & job, co
         for (int64_t t = 0; t < n_tokens; t++) {
             token(t0 + t, acts[t], xs[t], ys[t]);
         }
-        if (few && job.interleaved) {
-            tacq_gemv_interleaved(shape.bits, shape.n, job.n_rows, n_tokens, job.rows, job.row_size, job.next, acts, ys);
-        } else if (few) {
-            tacq_gemv(shape.bits, shape.n, job.n_rows, n_tokens, job.rows, job.row_size, job.next, acts, ys);
+        if (few) {
+            (shape.interleaved ? tacq_gemv_interleaved : tacq_gemv)(shape.bits, shape.n, job.n_rows, n_tokens, job.rows, job.row_size, job.next, acts, ys);
         } else {
             tacq_gemm(shape.n, job.n_rows, n_tokens, tile, acts, ys);
         }
@@ -189,7 +190,7 @@ static row_chunks few_chunks(int64_t n_rows, int n_threads) {
     return row_chunks(n_rows, std::min<int64_t>(std::max<int64_t>(size, 16), 256));
 }
 
-void tacq_mul_mat(const ggml_compute_params * params, ggml_tensor * dst, const tacq_sparse * s, bool interleaved) {
+void tacq_mul_mat(const ggml_compute_params * params, ggml_tensor * dst, const tacq_sparse * s) {
     const ggml_tensor * src0 = dst->src[0];
     const ggml_tensor * src1 = dst->src[1];
 
@@ -251,7 +252,6 @@ void tacq_mul_mat(const ggml_compute_params * params, ggml_tensor * dst, const t
         job.sparse_row = sparse_row_of(chunk);
         job.next_sparse_row = next < n_chunks ? sparse_row_of(next) : -1;
         job.few        = ne11 <= FEW_TOKENS;
-        job.interleaved = interleaved;
         job.stripes    = w.stripes ? w.stripes + matrix*n_stripes(ne11)*TACQ_STRIPE*shape.n : nullptr;
 
         compute_chunk(shape, job, s, tile, chunk % n_parts*part, std::min(ne11, (chunk % n_parts + 1)*part),
@@ -288,7 +288,7 @@ static void group_by_expert(const ggml_tensor * ids, int64_t n_experts, const wo
     w.experts[0] = 0;
 }
 
-void tacq_mul_mat_id(const ggml_compute_params * params, ggml_tensor * dst, const tacq_sparse * s, bool interleaved) {
+void tacq_mul_mat_id(const ggml_compute_params * params, ggml_tensor * dst, const tacq_sparse * s) {
     const ggml_tensor * src0 = dst->src[0];
     const ggml_tensor * src1 = dst->src[1];
     const ggml_tensor * ids  = dst->src[2];
@@ -332,7 +332,6 @@ void tacq_mul_mat_id(const ggml_compute_params * params, ggml_tensor * dst, cons
         job.sparse_row = expert*ne01 + row;
         job.next_sparse_row = -1;
         job.few        = few;
-        job.interleaved = interleaved;
         job.stripes    = nullptr; // an expert's tokens are scattered
 
         compute_chunk(shape, job, s, tile, 0, n_list, [&](int64_t t, const void *& act, const float *& x, float *& y) {

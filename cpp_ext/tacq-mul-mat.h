@@ -13,6 +13,6 @@ bool tacq_mul_mat_takes(const ggml_tensor * op);
 // bytes of work memory for all threads
 size_t tacq_mul_mat_work_size(int n_threads, const ggml_tensor * op);
 
-// s: the sparse section of the whole tensor, or nullptr for a base type; interleaved: the rows of every matrix are
-void tacq_mul_mat   (const ggml_compute_params * params, ggml_tensor * dst, const tacq_sparse * s, bool interleaved);
-void tacq_mul_mat_id(const ggml_compute_params * params, ggml_tensor * dst, const tacq_sparse * s, bool interleaved);
+// s: the sparse section of the whole tensor, or nullptr for a base type
+void tacq_mul_mat   (const ggml_compute_params * params, ggml_tensor * dst, const tacq_sparse * s);
+void tacq_mul_mat_id(const ggml_compute_params * params, ggml_tensor * dst, const tacq_sparse * s);
