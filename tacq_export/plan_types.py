@@ -10,6 +10,7 @@ from .allocate_bits import Option, allocate, least_bytes
 from .calibrate import EMBEDDING_OUTPUT, Calibration
 from .config import DEFAULT_EMBEDDING_TYPE, ExportConfig, parse_size
 from .errors import TacqError
+from .inspect_gguf import is_linear
 from .load_model import LinkedTensor, LoadedModel
 from .predict_loss import BITS, embedding_loss, options_for
 from .reporting import Reporter
@@ -144,7 +145,7 @@ def predicted_loss(calibration: Calibration, selection: dict[str, TensorSelectio
     worth no allocation has measured."""
     losses, total = calibration.losses(), 0.0
     for k, group in enumerate(calibration.groups):
-        chosen = [t for t in group if t.name in selection and t.name.startswith("blk.")]
+        chosen = [t for t in group if t.name in selection and is_linear(t.name, t.shape)]
         mixed = any(selection[t.name].type.p for t in chosen)
         if mixed and not calibration.has_kept_shares(k, score, seed):
             return None

@@ -57,6 +57,16 @@ def from_gguf_rows(matrix: torch.Tensor, tensor: LinkedTensor) -> torch.Tensor:
     return matrix if tensor.rows is None else torch.empty_like(matrix).index_copy_(0, tensor.rows.to(matrix.device), matrix)
 
 
+def finished_weights(tensor: LinkedTensor, work: WorkDir) -> torch.Tensor | None:
+    """float32 [rows, columns], torch's row order: what llama.cpp will compute with. None for a matrix that is not in the work folder, such as
+    one of a stock type."""
+    if not work.has_tensor(tensor.name):
+        return None
+    kind = TYPES_BY_NAME[work.load_facts(tensor.name)["type"]]
+    weights = dequantize_tensor(kind, work.load_tensor(tensor.name), *tensor.shape, tensor.name)
+    return from_gguf_rows(torch.from_numpy(weights), tensor)
+
+
 def quantize_matrices(
     loaded: LoadedModel, calibration: Calibration, texts: list[list[int]], selection: dict[str, TensorSelection], config: ExportConfig, work: WorkDir,
     reporter: Reporter,
@@ -80,16 +90,8 @@ def quantize_matrices(
         work.save_tensor(tensor.name, data, facts)
         reporter.say(tensor_line(tensor, facts, time.monotonic() - started))
 
-    def quantized(tensor: LinkedTensor) -> torch.Tensor | None:
-        if not work.has_tensor(tensor.name):
-            return None  # of a stock type: near enough to the float weights
-        kind = TYPES_BY_NAME[work.load_facts(tensor.name)["type"]]
-        weights = dequantize_tensor(kind, work.load_tensor(tensor.name), *tensor.shape, tensor.name)
-        return from_gguf_rows(torch.from_numpy(weights), tensor)
-
     if config.hessian_inputs == "quantized" and any(wanted(t) for t in loaded.linear):
-        weighted, bf16 = config.hessian == "gradient", config.precision == "bf16"
-        walk_blocks(loaded, calibration, texts, weighted, bf16, config.damping, wanted, visit, quantized, reporter)
+        walk_blocks(loaded, calibration, texts, config, wanted, visit, lambda t: finished_weights(t, work), reporter)
     for_each_hessian(calibration, wanted, config.damping, visit, reporter)  # the head, or all
 
 

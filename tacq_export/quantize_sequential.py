@@ -13,22 +13,19 @@ has what each is worth.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
 from .calibrate import Calibration
+from .collect_hessians import Done, add_products, hooked, input_rows, weighted_rows
+from .config import ExportConfig
 from .errors import TacqError
 from .load_model import LinkedTensor, LoadedModel
 from .quantize_gptq import inverse_hessian_cholesky
 from .reporting import Reporter
 
 Arguments = tuple[tuple, dict]  # of a block, without the hidden states
-
-
-class _Stop(Exception):
-    """Ends a forward pass when what was wanted has been seen."""
 
 
 @dataclass
@@ -88,7 +85,7 @@ class BlockWalk:
             entering.append(hidden)
             arguments.append((args[1:], kwargs))
             if len(arguments) == len(blocks):
-                raise _Stop
+                raise Done
             return (hidden,) if wraps else hidden
 
         try:
@@ -96,7 +93,7 @@ class BlockWalk:
                 block.forward = instead
             with self._precision():
                 self._model(input_ids=torch.tensor([list(text)], device=self._model.device), use_cache=False)
-        except _Stop:
+        except Done:
             pass
         finally:
             for block in blocks:
@@ -116,7 +113,7 @@ class BlockWalk:
     def enter(self, block: torch.nn.Module, modules: Sequence[torch.nn.Module]) -> None:
         """Run the float model through the block, before any of its matrices is quantized. modules: one of each group that `see` will be asked for."""
         self._inputs = {id(module): [] for module in modules}
-        with _hooked(modules, lambda module, args: self._inputs[id(module)].append(_rows(args[0]))):
+        with hooked((module, lambda module, args: self._inputs[id(module)].append(input_rows(args))) for module in modules):
             self._ahead = [self._run(block, states, i) for i, states in enumerate(self._float)]
 
     def see(self, block: torch.nn.Module, module: torch.nn.Module, weights: torch.Tensor | None) -> Seen:
@@ -126,18 +123,17 @@ class BlockWalk:
         first = 0
 
         def hook(module: torch.nn.Module, args: tuple) -> None:
-            z, x = _rows(args[0]), self._inputs[id(module)][text]
-            weighted = z if weights is None else z * weights[first : first + len(z), None].to(z.device)
-            with torch.autocast(z.device.type, enabled=False):  # sums of squares stay in float32
-                seen.hessian.addmm_(z.t(), weighted)
-                seen.cross.addmm_((x - z).t(), weighted)
-            raise _Stop
+            z, x = input_rows(args), self._inputs[id(module)][text]
+            weighted = weighted_rows(z, weights, first)
+            add_products(seen.hessian, z, weighted)
+            add_products(seen.cross, x - z, weighted)
+            raise Done
 
-        with _hooked([module], hook):
+        with hooked([(module, hook)]):
             for text, states in enumerate(self._quantized):
                 try:
                     self._run(block, states, text)
-                except _Stop:
+                except Done:
                     pass
                 first += len(self._inputs[id(module)][text])
         return seen
@@ -156,34 +152,20 @@ def _returns_tuple(model: torch.nn.Module, block: torch.nn.Module, text: Sequenc
 
     def hook(module: torch.nn.Module, args: tuple, output) -> None:
         found.append(isinstance(output, tuple))
-        raise _Stop
+        raise Done
 
     handle = block.register_forward_hook(hook)
     try:
         model(input_ids=torch.tensor([list(text[:16])], device=model.device), use_cache=False)
-    except _Stop:
+    except Done:
         pass
     finally:
         handle.remove()
     return found[0]
 
 
-def _rows(x: torch.Tensor) -> torch.Tensor:
-    return x.detach().reshape(-1, x.shape[-1]).float()
-
-
-@contextmanager
-def _hooked(modules: Sequence[torch.nn.Module], hook):
-    handles = [module.register_forward_pre_hook(hook) for module in modules]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def walk_blocks(
-    loaded: LoadedModel, calibration: Calibration, texts: Sequence[Sequence[int]], weighted: bool, bf16: bool, damping: float,
+    loaded: LoadedModel, calibration: Calibration, texts: Sequence[Sequence[int]], config: ExportConfig,
     wanted: Callable[[LinkedTensor], bool], visit: Callable[[LinkedTensor, torch.Tensor, torch.Tensor, torch.Tensor], None],
     quantized: Callable[[LinkedTensor], torch.Tensor | None], reporter: Reporter,
 ) -> None:  # fmt: skip
@@ -195,7 +177,7 @@ def walk_blocks(
     names = {t.name for t in loaded.linear}
     groups = [(k, group) for k, group in enumerate(calibration.groups) if group[0].name in names]
     blocks = blocks_of(loaded, loaded.linear)
-    walk = BlockWalk(loaded, [block for block, _ in blocks], texts, bf16)
+    walk = BlockWalk(loaded, [block for block, _ in blocks], texts, config.precision == "bf16")
     total, done = sum(1 for t in loaded.linear if wanted(t)), 0
     for block, tensors in blocks:
         inside = {t.name for t in tensors}
@@ -203,8 +185,8 @@ def walk_blocks(
         walk.enter(block, [group[0].module for _, group, chosen in of_block if chosen])
         for k, group, chosen in of_block:
             if chosen:
-                seen = walk.see(block, group[0].module, calibration.token_weights(k) if weighted else None)
-                upper = inverse_hessian_cholesky(seen.hessian, damping, group[0].name)
+                seen = walk.see(block, group[0].module, calibration.token_weights(k) if config.hessian == "gradient" else None)
+                upper = inverse_hessian_cholesky(seen.hessian, config.damping, group[0].name)
             for tensor in chosen:
                 visit(tensor, seen.hessian, upper, seen.target(tensor.weight, upper))
                 done += 1

@@ -13,7 +13,7 @@ from tacq_export.calibrate import calibrate
 from tacq_export.config import ExportConfig
 from tacq_export.errors import TacqError
 from tacq_export.quantize_gptq import inverse_hessian_cholesky
-from tacq_export.quantize_model import from_gguf_rows, head_tensor, quantize_matrices, to_gguf_rows
+from tacq_export.quantize_model import finished_weights, from_gguf_rows, head_tensor, quantize_matrices, to_gguf_rows
 from tacq_export.quantize_sequential import BlockWalk, Seen, blocks_of, walk_blocks
 from tacq_export.reporting import Reporter
 from tacq_export.select_weights import TensorSelection
@@ -98,7 +98,7 @@ def test_the_target_is_the_weighted_least_squares_solution():
 
 
 def quantized_model(loaded, tmp_path, hessian_inputs: str, bits: int = 2, hessian: str = "plain"):
-    """(model with all matrices of its blocks quantized, work folder)"""
+    """Work folder with all matrices of the blocks quantized."""
     calibration = calibrate(loaded, head_tensor(loaded), TEXTS, 1, True, False, tmp_path / "calibration", Reporter())
     work = WorkDir(tmp_path / hessian_inputs)
     (work.path / "tensors").mkdir(parents=True, exist_ok=True)
@@ -119,18 +119,11 @@ def test_matrices_make_up_for_those_before_them(load_tiny, tmp_path, architectur
         exact = inputs(loaded.model, last.module_name) @ last.weight.double().numpy().T
         work = quantized_model(loaded, tmp_path, hessian_inputs)
         if hessian_inputs == "float":  # leaves the modules alone
-            put_weights(loaded, work)
+            for tensor in loaded.linear:
+                tensor.module.weight.data.copy_(finished_weights(tensor, work))
         got = inputs(loaded.model, last.module_name) @ last.weight.double().numpy().T
         wrong[hessian_inputs] = np.square(got - exact).sum() / np.square(exact).sum()
     assert 0 < wrong["quantized"] < 0.67 * wrong["float"]
-
-
-def put_weights(loaded, work) -> None:
-    from tacq_export.pack_tensor import dequantize_tensor
-
-    for t in loaded.linear:
-        values = dequantize_tensor(TYPES_BY_NAME["TACQ2"], work.load_tensor(t.name), *t.shape, t.name)
-        t.module.weight.data.copy_(from_gguf_rows(torch.from_numpy(values), t))
 
 
 def test_what_was_done_before_an_interruption_counts(load_tiny, tmp_path):
@@ -163,7 +156,7 @@ def test_the_model_is_left_without_hooks_when_it_fails(load_tiny, tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        walk_blocks(loaded, calibration, TEXTS, True, False, 0.01, lambda t: True, fail, lambda t: None, Reporter())
+        walk_blocks(loaded, calibration, TEXTS, ExportConfig("m", "t", "o.gguf"), lambda t: True, fail, lambda t: None, Reporter())
     for module in loaded.model.modules():
         assert not module._forward_pre_hooks and not module._forward_hooks and "forward" not in module.__dict__
 

@@ -104,8 +104,6 @@ def run(args: argparse.Namespace) -> None:
             partial.write_text("[" + ",\n ".join(map(json.dumps, rows)) + "]\n")
         print(json.dumps(rows[-1]), flush=True)
         outfile.unlink()
-
-
     if (found := rank_correlation(rows)) is not None:
         print(f"Rank correlation of predicted loss and measured KL on the task, {found[1]} files: {found[0]:.4f}")
 
