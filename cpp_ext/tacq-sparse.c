@@ -49,29 +49,97 @@ void tacq_sparse_prefetch(const tacq_sparse * s, int64_t first_row, int64_t n_ro
 
 #if defined(__AVX2__) && defined(__F16C__)
 
-static const int32_t first_lanes[16] = { -1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0 };
-
-static inline __m256 load_first(const float * p, uint32_t n) {
-    return _mm256_maskload_ps(p, _mm256_loadu_si256((const __m256i *) (first_lanes + 8 - n)));
+// x at eight columns; single loads are faster than a gather instruction
+static inline __m256 gather_8(const float * x, const uint16_t * c) {
+    return _mm256_set_m128(_mm_setr_ps(x[c[4]], x[c[5]], x[c[6]], x[c[7]]), _mm_setr_ps(x[c[0]], x[c[1]], x[c[2]], x[c[3]]));
 }
 
-// products of entries [begin, end) with their activations; single loads are faster than a gather instruction
+// Products are made for as many rows as fill a buffer, without regard to where a row ends, and summed row by row afterwards: a loop
+// over the few entries of a row would be mispredicted at the end of nearly every row.
+#define N_PRODUCTS 2048
+
+#if defined(TACQ_AVX512)
+
+#define SUM_ROWS 16
+
+// products of entries [begin, end) with their activations
+static inline void multiply_entries(const tacq_sparse * s, uint32_t begin, uint32_t end, const float * x, float * products) {
+    for (uint32_t i = begin; i < end; i += 16, products += 16) {
+        uint16_t last[16];
+        const uint16_t * c     = s->columns + i;
+        __m256i          value = _mm256_setzero_si256();
+        if (i + 16 <= end) {
+            value = _mm256_loadu_si256((const __m256i *) (s->values + i));
+        } else {
+            const __mmask16 there = (__mmask16) ((1u << (end - i)) - 1);
+            value = _mm256_maskz_loadu_epi16(there, s->values + i);
+            _mm256_storeu_si256((__m256i *) last, _mm256_maskz_loadu_epi16(there, c));
+            c = last;
+        }
+        const __m512 at = _mm512_insertf32x8(_mm512_castps256_ps512(gather_8(x, c)), gather_8(x, c + 8), 1);
+        _mm512_storeu_ps(products, _mm512_mul_ps(_mm512_cvtph_ps(value), at));
+    }
+}
+
+// a and b: sums of two lanes each, those of a and b in turn
+static inline __m512 add_pairs(__m512 a, __m512 b) {
+    return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+}
+
+// y[0..15] += sums of the products of 16 rows: up to 16 products of each at a time, and in the end over the lanes of all
+static inline void add_rows(const uint8_t * row_ptr, uint32_t first, const float * products, float * y) {
+    const __m512i sixteen = _mm512_set1_epi32(16);
+    const __m512i begin   = _mm512_loadu_si512(row_ptr);
+    __m512i at   = _mm512_sub_epi32(begin, _mm512_set1_epi32((int) first));
+    __m512i left = _mm512_sub_epi32(_mm512_loadu_si512(row_ptr + 4), begin);
+    __m512  sum[16];
+    for (int r = 0; r < 16; r++) {
+        sum[r] = _mm512_setzero_ps();
+    }
+    do {
+        uint32_t at_of[16], mask_of[16];
+        _mm512_storeu_si512(at_of,   at);
+        _mm512_storeu_si512(mask_of, _mm512_sub_epi32(_mm512_sllv_epi32(_mm512_set1_epi32(1), left), _mm512_set1_epi32(1)));
+        TACQ_UNROLL_16
+        for (int r = 0; r < 16; r++) {
+            sum[r] = _mm512_add_ps(sum[r], _mm512_maskz_loadu_ps((__mmask16) mask_of[r], products + at_of[r]));
+        }
+        at   = _mm512_add_epi32(at, sixteen);
+        left = _mm512_max_epi32(_mm512_sub_epi32(left, sixteen), _mm512_setzero_si512());
+    } while (_mm512_test_epi32_mask(left, left));
+    TACQ_UNROLL_16
+    for (int r = 0; r < 16; r += 4) {
+        const __m512d ab = _mm512_castps_pd(add_pairs(sum[r],     sum[r + 1]));
+        const __m512d cd = _mm512_castps_pd(add_pairs(sum[r + 2], sum[r + 3]));
+        sum[r/4] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)), _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)));
+    }
+    // four lanes of four rows in every quarter: quarters are still to be added
+    const __m512 lo = _mm512_add_ps(_mm512_shuffle_f32x4(sum[0], sum[1], 0x44), _mm512_shuffle_f32x4(sum[0], sum[1], 0xee));
+    const __m512 hi = _mm512_add_ps(_mm512_shuffle_f32x4(sum[2], sum[3], 0x44), _mm512_shuffle_f32x4(sum[2], sum[3], 0xee));
+    const __m512 all = _mm512_add_ps(_mm512_shuffle_f32x4(lo, hi, 0x88), _mm512_shuffle_f32x4(lo, hi, 0xdd));
+    _mm512_storeu_ps(y, _mm512_add_ps(_mm512_loadu_ps(y), all));
+}
+
+#else
+
+#define SUM_ROWS 4
+
 static inline void multiply_entries(const tacq_sparse * s, uint32_t begin, uint32_t end, const float * x, float * products) {
     uint32_t i = begin;
     for (; i + 8 <= end; i += 8) {
-        const uint16_t * c = s->columns + i;
-        const __m256 lo_hi = _mm256_set_m128(_mm_setr_ps(x[c[4]], x[c[5]], x[c[6]], x[c[7]]), _mm_setr_ps(x[c[0]], x[c[1]], x[c[2]], x[c[3]]));
         const __m256 value = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) (s->values + i)));
-        _mm256_storeu_ps(products + (i - begin), _mm256_mul_ps(value, lo_hi));
+        _mm256_storeu_ps(products + (i - begin), _mm256_mul_ps(value, gather_8(x, s->columns + i)));
     }
     for (; i < end; i++) {
         products[i - begin] = GGML_CPU_COMPUTE_FP16_TO_FP32(s->values[i])*x[s->columns[i]];
     }
 }
 
-// Products are made for as many rows as fill a buffer, without regard to where a row ends, and summed row by row afterwards: a loop
-// over the few entries of a row would be mispredicted at the end of nearly every row.
-#define N_PRODUCTS 2048
+static const int32_t first_lanes[16] = { -1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0 };
+
+static inline __m256 load_first(const float * p, uint32_t n) {
+    return _mm256_maskload_ps(p, _mm256_loadu_si256((const __m256i *) (first_lanes + 8 - n)));
+}
 
 static inline __m256 add_row(const float * p, uint32_t n) {
     __m256 sum = load_first(p, n < 8 ? n : 8);
@@ -83,38 +151,69 @@ static inline __m256 add_row(const float * p, uint32_t n) {
     return sum;
 }
 
+// y[0..3] += sums of the products of 4 rows
+static inline void add_rows(const uint8_t * row_ptr, uint32_t first, const float * products, float * y) {
+    uint32_t begin[SUM_ROWS + 1];
+    memcpy(begin, row_ptr, sizeof(begin));
+    __m256 sum[SUM_ROWS];
+    for (int r = 0; r < SUM_ROWS; r++) {
+        sum[r] = add_row(products + (begin[r] - first), begin[r + 1] - begin[r]);
+    }
+    const __m256 all = _mm256_hadd_ps(_mm256_hadd_ps(sum[0], sum[1]), _mm256_hadd_ps(sum[2], sum[3]));
+    const __m128 out = _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1));
+    _mm_storeu_ps(y, _mm_add_ps(_mm_loadu_ps(y), out));
+}
+
+#endif
+
+static inline float add_one_row(const float * p, uint32_t n) {
+    vfloat   sums = vfloat_set1(0.0f);
+    uint32_t i    = 0;
+    for (; i + TACQ_LANES <= n; i += TACQ_LANES) {
+        sums = vfloat_mad(vfloat_load(p + i), vfloat_set1(1.0f), sums);
+    }
+    float lanes[TACQ_LANES], sum = 0.0f;
+    vfloat_store(lanes, sums);
+    for (; i < n; i++) {
+        sum += p[i];
+    }
+    for (int l = 0; l < TACQ_LANES; l++) {
+        sum += lanes[l];
+    }
+    return sum;
+}
+
+// One row, in as many pieces as it takes.
+static void multiply_row(const tacq_sparse * s, uint32_t begin, uint32_t end, const float * x, float * products, float * y) {
+    for (; begin < end; begin += N_PRODUCTS) {
+        const uint32_t n = end - begin < N_PRODUCTS ? end - begin : N_PRODUCTS;
+        multiply_entries(s, begin, begin + n, x, products);
+        *y += add_one_row(products, n);
+    }
+}
+
 void tacq_sparse_gemv(const tacq_sparse * s, int64_t first_row, int64_t n_rows, const float * x, float * y) {
-    float products[N_PRODUCTS + 8];
+    float products[N_PRODUCTS + 16]; // whole vectors are written
     for (int64_t row = 0; row < n_rows; ) {
         const uint32_t first = tacq_row_begin(s, first_row + row);
-        uint32_t end  = tacq_row_begin(s, first_row + row + 1);
-        int64_t  last = row + 1;
-        while (last < n_rows && tacq_row_begin(s, first_row + last + 1) - first <= N_PRODUCTS) {
-            end = tacq_row_begin(s, first_row + ++last);
+        int64_t  last = row;
+        uint32_t end  = first;
+        while (last + SUM_ROWS <= n_rows) {
+            const uint32_t next_end = tacq_row_begin(s, first_row + last + SUM_ROWS);
+            if (next_end - first > N_PRODUCTS) {
+                break;
+            }
+            last += SUM_ROWS;
+            end   = next_end;
         }
-        if (end - first > N_PRODUCTS) { // one row alone
-            tacq_sparse_gemv_generic(s, first_row + row, 1, x, y + row);
-            row = last;
+        if (last == row) { // too few rows, or too many entries, for several at once
+            multiply_row(s, first, tacq_row_begin(s, first_row + row + 1), x, products, y + row);
+            row++;
             continue;
         }
         multiply_entries(s, first, end, x, products);
-        uint32_t begin = first;
-        for (; row + 4 <= last; row += 4) {
-            __m256 sum[4];
-            for (int r = 0; r < 4; r++) {
-                const uint32_t next = tacq_row_begin(s, first_row + row + r + 1);
-                sum[r] = add_row(products + (begin - first), next - begin);
-                begin  = next;
-            }
-            const __m256 all = _mm256_hadd_ps(_mm256_hadd_ps(sum[0], sum[1]), _mm256_hadd_ps(sum[2], sum[3]));
-            const __m128 out = _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1));
-            _mm_storeu_ps(y + row, _mm_add_ps(_mm_loadu_ps(y + row), out));
-        }
-        for (; row < last; row++) {
-            const uint32_t next = tacq_row_begin(s, first_row + row + 1);
-            for (; begin < next; begin++) {
-                y[row] += products[begin - first];
-            }
+        for (; row < last; row += SUM_ROWS) {
+            add_rows(s->row_ptr + 4*(first_row + row), first, products, y + row);
         }
     }
 }

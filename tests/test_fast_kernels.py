@@ -253,9 +253,9 @@ def test_largest_sums_do_not_saturate(kernels, bits):
                 assert y[0] == pytest.approx(exact, rel=1e-6)
 
 
-@pytest.mark.parametrize("rows, n, p", [(1, 512, 16), (9, 576, 16), (40, 896, 4), (67, 1536, 2), (5, 8960, 16), (32, 4096, 12)])
+@pytest.mark.parametrize("rows, n, p", [(1, 512, 16), (9, 576, 16), (40, 896, 4), (67, 1536, 2), (5, 8960, 16), (32, 4096, 12), (2, 65536, 12)])
 def test_kept_weights(kernels, rows, n, p):
-    """Rows without entries, short ones and long ones (random_kept puts all into half of the rows)."""
+    """Rows without entries, short ones and long ones (random_kept puts all into half of the rows), one of more than a buffer of products."""
     rng = np.random.default_rng(rows + n)
     kept = random_kept(rng, rows, n, p)
     section = pack_sparse(kept, rows * n, p)
