@@ -86,6 +86,18 @@ static inline __m512 add_pairs(__m512 a, __m512 b) {
     return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
 }
 
+// sum[r] = (or, with `add`, +=) the first 16 or fewer of the `left` products of each of 16 rows, which begin at products + at
+TACQ_INLINE void add_products(const float * products, __m512i at, __m512i left, const bool add, __m512 sum[16]) {
+    uint32_t at_of[16], mask_of[16];
+    _mm512_storeu_si512(at_of,   at);
+    _mm512_storeu_si512(mask_of, _mm512_sub_epi32(_mm512_sllv_epi32(_mm512_set1_epi32(1), left), _mm512_set1_epi32(1)));
+    TACQ_UNROLL_16
+    for (int r = 0; r < 16; r++) {
+        const __m512 of_row = _mm512_maskz_loadu_ps((__mmask16) mask_of[r], products + at_of[r]);
+        sum[r] = add ? _mm512_add_ps(sum[r], of_row) : of_row;
+    }
+}
+
 // y[0..15] += sums of the products of 16 rows: up to 16 products of each at a time, and in the end over the lanes of all
 static inline void add_rows(const uint8_t * row_ptr, uint32_t first, const float * products, float * y) {
     const __m512i sixteen = _mm512_set1_epi32(16);
@@ -93,20 +105,12 @@ static inline void add_rows(const uint8_t * row_ptr, uint32_t first, const float
     __m512i at   = _mm512_sub_epi32(begin, _mm512_set1_epi32((int) first));
     __m512i left = _mm512_sub_epi32(_mm512_loadu_si512(row_ptr + 4), begin);
     __m512  sum[16];
-    for (int r = 0; r < 16; r++) {
-        sum[r] = _mm512_setzero_ps();
-    }
-    do {
-        uint32_t at_of[16], mask_of[16];
-        _mm512_storeu_si512(at_of,   at);
-        _mm512_storeu_si512(mask_of, _mm512_sub_epi32(_mm512_sllv_epi32(_mm512_set1_epi32(1), left), _mm512_set1_epi32(1)));
-        TACQ_UNROLL_16
-        for (int r = 0; r < 16; r++) {
-            sum[r] = _mm512_add_ps(sum[r], _mm512_maskz_loadu_ps((__mmask16) mask_of[r], products + at_of[r]));
-        }
+    add_products(products, at, left, false, sum);
+    while (_mm512_cmpgt_epi32_mask(left, sixteen)) {
         at   = _mm512_add_epi32(at, sixteen);
         left = _mm512_max_epi32(_mm512_sub_epi32(left, sixteen), _mm512_setzero_si512());
-    } while (_mm512_test_epi32_mask(left, left));
+        add_products(products, at, left, true, sum);
+    }
     TACQ_UNROLL_16
     for (int r = 0; r < 16; r += 4) {
         const __m512d ab = _mm512_castps_pd(add_pairs(sum[r],     sum[r + 1]));

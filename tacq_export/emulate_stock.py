@@ -54,18 +54,18 @@ def named(types: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(name.upper() for name in types))
 
 
-def emulated_types(name: str, reference: Path, imatrix: Path, embedding: str, head: str) -> MatrixTypes:
+def emulated_types(name: str, reference: Path, imatrix: Path | None, embedding: str, head: str) -> MatrixTypes:
     """Type of every matrix of the blocks: `name` for all, or what the mix of that name wants for each.
 
-    Raises TacqError for a file without blocks, and for a mix with a type that cannot be emulated.
+    imatrix: llama-quantize refuses some mixes without. Raises TacqError for a file without blocks, and for a mix with a type that cannot be emulated.
     """
-    matrices = [t.name for t in open_gguf(reference).tensors if is_linear(t.name, t.shape)]
+    matrices = {t.name: t.tensor_type.name for t in open_gguf(reference).tensors if is_linear(t.name, t.shape)}
     if not matrices:
         raise TacqError(f"{reference} has no matrices in blocks; give a GGUF of a language model.")
     if name in EMULATED_TYPES:
         return dict.fromkeys(matrices, gguf.GGMLQuantizationType[name])
     wanted = plan_stock(reference, imatrix, name, embedding, head).wanted
-    types = {matrix: wanted.get(matrix, "none").upper() for matrix in matrices}
+    types = {matrix: wanted.get(matrix, now).upper() for matrix, now in matrices.items()}  # what is of its type already is not listed
     for matrix, kind in types.items():
         if kind not in EMULATED_TYPES:
             raise TacqError(f"tensor '{matrix}' would be {kind} in {name}, which cannot be emulated; leave it out of --emulate.")

@@ -9,9 +9,9 @@ Every row is written as soon as it is measured; the same command goes on. Experi
                  what the allocator makes, with and without kept weights; and how well it predicts all of them
     scores       which weights are kept: the scores of tacq-export, at equal bytes, TACQ2 everywhere
     quantizer    sweeps of coordinate descent, damping, token weights, inputs of the quantized model
-    calibration  the task's examples against another task's and general text (needs --data), and how many
+    calibration  how many examples, or all in windows of 2,048 tokens; another task's and general text (needs --data), alone and mixed in
 
-All but the row that says so have --hessian-inputs float, which takes a third of the time: rows are to be compared with each other.
+All rows have the KL, perplexity and top-1 on GSM8K, those of `calibration` also on Spider and wikitext2 (with --data). All but the row that says so have --hessian-inputs float, which takes a third of the time: rows are to be compared with each other.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -31,7 +32,7 @@ from fetch_models import MODELS, fetch_model  # noqa: E402
 from tacq_export.cli import ConsoleReporter, guarded, positive  # noqa: E402
 from tacq_export.config import SCORES, ExportConfig  # noqa: E402
 from tacq_export.load_model import make_reference  # noqa: E402
-from tacq_export.load_task import gguf_tokenizer, load_task, tokenize_task  # noqa: E402
+from tacq_export.load_task import gguf_tokenizer, load_task, render_example, tokenize_task  # noqa: E402
 from tacq_export.pipeline import export  # noqa: E402
 from tacq_export.verify_gguf import compare_models  # noqa: E402
 from tacq_export.write_gguf import written_atomically  # noqa: E402
@@ -39,11 +40,25 @@ from tacq_export.write_gguf import written_atomically  # noqa: E402
 TOOLS = Path(__file__).resolve().parent
 DATA = TOOLS / "data"
 RATIOS = (0.001, 0.002, 0.004, 0.008, 0.016)
+GSM8K = DATA / "gsm8k-train-128.jsonl"
+MIXED = (0.1, 0.25)
 KEEP = {"may keep": True, "none kept": False}
 
 
-def experiments(data: Path | None) -> list[tuple[str, str, dict]]:
-    """(experiment, name of the row, options of the export that differ from the defaults)."""
+def make_tasks(folder: Path, data: Path | None, tokenizer) -> None:
+    """Task files made of others: the examples as one text, and with a share of general text in place of as many of them."""
+    examples = GSM8K.read_text(encoding="utf-8").splitlines()
+    texts = [render_example(example, tokenizer) for example in load_task(GSM8K).examples]
+    (folder / "packed.txt").write_text("".join(texts), encoding="utf-8")
+    for share in MIXED if data else ():
+        n = round(share * len(examples))
+        general = textwrap.wrap((data / "wikitext2" / "calibration.txt").read_text(encoding="utf-8"), 1000)[:n]  # about as long as an example
+        rows = examples[n:] + [json.dumps({"text": text}) for text in general]
+        (folder / f"mixed-{share:g}.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
+
+
+def experiments(data: Path | None, made: Path) -> list[tuple[str, str, dict]]:
+    """(experiment, name of the row, options of the export that differ from the defaults). made: folder of `make_tasks`."""
     found = [("density", f"allocated, {bpw}, {what}", {"target_bpw": bpw, "no_kept": not keep}) for bpw in (2.6, 3.0, 3.5) for what, keep in KEEP.items()]
     found += [("density", f"all {base.upper()}", {"base_type": base, "no_kept": True}) for base in ("tacq2", "tacq3", "tacq4")]
     for ratio in RATIOS:
@@ -57,7 +72,9 @@ def experiments(data: Path | None) -> list[tuple[str, str, dict]]:
     found += [("quantizer", "equal token weights", {"hessian": "plain"})]
     found += [("quantizer", "inputs of the quantized model", {"hessian_inputs": "quantized"})]
     found += [("calibration", f"{n} examples of the task", {"n_samples": n}) for n in (128, 32, 64)]
+    found += [("calibration", "all in windows of 2048", {"task": made / "packed.txt", "n_samples": 14})]
     if data:
+        found += [("calibration", f"{100 * share:g} % general text", {"task": made / f"mixed-{share:g}.jsonl"}) for share in MIXED]
         found += [("calibration", "Spider", {"task": data / "spider" / "calibration.jsonl"})]
         found += [("calibration", "wikitext2, 14 windows of 2048", {"task": data / "wikitext2" / "calibration.txt", "n_samples": 14})]
     return found
@@ -75,16 +92,18 @@ def run(args: argparse.Namespace) -> None:
     if not reference.is_file():
         make_reference(model, reference, reporter)
     tokenizer = gguf_tokenizer(reference)
-    held_out = {"gsm8k": args.data / "gsm8k" / "test.jsonl" if args.data else DATA / "gsm8k-test-24.jsonl"}
+    texts = {"gsm8k": tokenize_task(load_task(args.data / "gsm8k" / "test.jsonl" if args.data else DATA / "gsm8k-test-24.jsonl"), tokenizer, args.n_eval, 2048)}
+    elsewhere = {}  # what a calibration costs where it did not come from
     if args.data:
-        held_out["spider"] = args.data / "spider" / "eval.jsonl"
-    texts = {task: tokenize_task(load_task(path), tokenizer, args.n_eval, 2048) for task, path in held_out.items()}
+        elsewhere["spider"] = tokenize_task(load_task(args.data / "spider" / "eval.jsonl"), tokenizer, args.n_eval, 2048)
+        elsewhere["wikitext2"] = tokenize_task(load_task(args.data / "wikitext2" / "test.raw"), tokenizer, 10, 512)
     rows = json.loads(out.read_text()) if out.is_file() else []
-    for experiment, label, options in experiments(args.data):
+    make_tasks(work, args.data, tokenizer)
+    for experiment, label, options in experiments(args.data, work):
         if args.only and experiment not in args.only or any((row["experiment"], row["name"]) == (experiment, label) for row in rows):
             continue
         print(f"\n== {experiment}: {label}", file=sys.stderr, flush=True)
-        task = options.get("task", DATA / "gsm8k-train-128.jsonl")
+        task = options.get("task", GSM8K)
         # What calibrates alike shares a work folder, and calibrates once.
         shared = work / "-".join([task.stem, str(options.get("n_samples", args.n_samples)), options.get("hessian", "gradient"), str(options.get("score") == "fisher")])
         options = dict(options)
@@ -96,7 +115,7 @@ def run(args: argparse.Namespace) -> None:
         result = export(ExportConfig(model=model, outfile=outfile, workdir=shared, force=True, **(plain | options)), reporter)
         row = {"experiment": experiment, "name": label, "bpw_linear": round(result.bpw_linear, 4), "file_bytes": result.file_bytes, "kept": result.kept}
         row |= {"predicted_loss": result.predicted_loss and round(result.predicted_loss, 5)}
-        for held, tokens in texts.items():
+        for held, tokens in (texts | elsewhere if experiment == "calibration" else texts).items():
             quality = compare_models(reference, outfile, tokens, args.threads, lambda done, total: reporter.progress(done, total, "measuring"))
             row |= {f"{held}_kl": round(quality.kl, 5), f"{held}_kl_stderr": round(quality.kl_stderr, 5), f"{held}_ppl": round(quality.ppl, 4), f"{held}_top1": round(quality.top1, 4)}
         rows.append(row | {"seconds": round(time.monotonic() - started)})
@@ -122,7 +141,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("model", metavar="MODEL", help=f"{', '.join(MODELS)}, or the path of a GGUF")
     parser.add_argument("--only", nargs="+", metavar="E", choices=["density", "scores", "quantizer", "calibration"])
     parser.add_argument("--n-samples", type=positive, default=128, metavar="N", help="calibration examples (default 128)")
-    parser.add_argument("--n-eval", type=positive, default=24, metavar="N", help="held-out examples of each task (default 24)")
+    parser.add_argument("--n-eval", type=positive, default=24, metavar="N", help="held-out examples of each task (default 24; of wikitext2 10 windows of 512 tokens)")
     parser.add_argument("--data", type=Path, metavar="DIR", help="folder with gsm8k/, spider/ and wikitext2/")
     parser.add_argument("--name", help="of the results (default: the model's)")
     parser.add_argument("--out", type=Path, metavar="FILE")

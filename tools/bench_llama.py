@@ -3,8 +3,8 @@
 
     bench_llama.py MODEL.gguf [--types TACQ2_S1 Q2_K ...] [--threads 1 2] [--rounds 3] [--prompt 512] [--generate 64] [--json]
 
-Makes what is missing in --workdir: all matrices in one type (as `llama-quantize --pure`), embedding and output in the same type
-(--ends) in all files. Only the first block is quantized, by ggml's own plain rounding, and stands in for all blocks: speed does
+Makes what is missing in --workdir: all matrices in one type (as `llama-quantize --pure`), or in those that llama-quantize gives them in a
+mix such as Q4_K_M; embedding and output in the same type (--ends) in all files. Only the first block is quantized, by ggml's own plain rounding, and stands in for all blocks: speed does
 not depend on the content, and minutes become seconds. Ours keep the largest rounding errors.
 
 Every round runs every file once; figures are medians over the rounds, ratios are medians of the ratios within a round, with the
@@ -27,7 +27,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tacq_export.block_codec import unpack_blocks  # noqa: E402
-from tacq_export.emulate_stock import ggml_quantize  # noqa: E402
+from tacq_export.emulate_stock import EMULATED_MIXES, emulated_types, ggml_quantize  # noqa: E402
 from tacq_export.errors import TacqError  # noqa: E402
 from tacq_export.pack_tensor import QuantizedTensor, dequantize  # noqa: E402
 from tacq_export.reporting import Reporter  # noqa: E402
@@ -38,10 +38,10 @@ from tacq_export.tensor_types import TYPES_BY_NAME  # noqa: E402
 from tacq_export.write_gguf import PlannedTensor, copied, numpy_shape, open_gguf, our_type, tensor_values, write_gguf  # noqa: E402
 
 DEFAULT_TYPES = ["TACQ2_S1", "Q2_K", "IQ2_XS", "TACQ3_S1", "Q3_K", "TACQ4", "Q4_0", "Q4_K"]
-FALLBACKS = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "IQ2_XXS": "IQ4_NL", "IQ2_XS": "IQ4_NL", "IQ2_S": "IQ4_NL", "IQ3_XXS": "IQ4_NL"}
+FALLBACKS = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "IQ2_XXS": "IQ4_NL", "IQ2_XS": "IQ4_NL", "IQ2_S": "IQ4_NL", "IQ3_XXS": "IQ4_NL"}
 RATIOS = [("TACQ2_S1", "Q2_K"), ("TACQ2_S1", "IQ2_XS"), ("TACQ2_S1", "IQ2_S"), ("TACQ2_S4", "TACQ2"), ("TACQ2_S1", "TACQ2"), ("TACQ3_S1", "Q3_K"),
-          ("TACQ3_S1", "IQ3_XXS"), ("TACQ4", "Q4_0"), ("TACQ2_S1", "Q4_0"), ("TACQ3_S1", "Q4_0"), ("TACQ3_S1", "Q2_K"), ("TACQ4", "Q2_K"),
-          ("TACQ2_S1", "Q4_K"), ("TACQ3_S1", "Q4_K"), ("TACQ4", "Q4_K")]  # fmt: skip
+          ("TACQ3_S1", "IQ3_XXS"), ("TACQ4", "Q4_0"), ("TACQ2_S1", "Q4_0"), ("TACQ3_S1", "Q4_0"), ("TACQ3_S1", "Q2_K"), ("TACQ4", "Q2_K")]
+RATIOS += [(ours, stock) for stock in ("Q4_K", "Q4_K_M") for ours in ("TACQ2_S1", "TACQ3_S1", "TACQ4")]
 
 
 def run(command: list) -> str:
@@ -85,17 +85,18 @@ def make_file(model: Path, type_name: str, ends: str, workdir: Path, reporter: R
     workdir.mkdir(parents=True, exist_ok=True)
     print(f"making {path.name}", file=sys.stderr, flush=True)
     reader, planned, done = open_gguf(model), [], {}
+    of_mix = emulated_types(type_name, model, None, ends, ends) if type_name in EMULATED_MIXES else {}
     for tensor in reader.tensors:
         shape = numpy_shape(tensor)
         if len(shape) < 2:
             planned.append(copied(tensor))
             continue
-        wanted = ends if tensor.name in ("token_embd.weight", "output.weight") else type_name
+        wanted = ends if tensor.name in ("token_embd.weight", "output.weight") else of_mix[tensor.name].name if of_mix else type_name
         if shape[-1] % gguf.GGML_QUANT_SIZES[gguf_type(wanted)][0]:
             wanted = FALLBACKS.get(wanted, "Q8_0")  # as llama-quantize does
 
         def data(tensor=tensor, shape=shape, wanted=wanted) -> np.ndarray:
-            key = (re.sub(r"^blk\.\d+\.", "", tensor.name), shape)
+            key = (re.sub(r"^blk\.\d+\.", "", tensor.name), shape, wanted)
             if key not in done:
                 done[key] = quantize(wanted, np.ascontiguousarray(tensor_values(tensor).reshape(-1, shape[-1])))
             return done[key]
