@@ -21,6 +21,8 @@ from .errors import TacqError
 from .group_descent import PanelDescent
 from .tensor_types import GROUP_SIZE
 
+BLOCK_GROUPS = 8  # as GPTQ's lazy batches: one product of 256 columns costs less than 8 of 32
+
 
 @dataclass
 class GptqResult:
@@ -104,27 +106,41 @@ def quantize_gptq(
     panels = None if kept is None else kept.cpu().reshape(rows, n_groups, GROUP_SIZE).transpose(0, 1).contiguous()
     values, target = torch.empty_like(weights), weights.clone()
 
+    # What a group changes is told to the rest of its block at once, and to the columns behind it when the block is done.
+    blocks = [range(first, min(first + BLOCK_GROUPS, n_groups)) for first in range(0, n_groups, BLOCK_GROUPS)]
+
+    def columns_of(first: int, last: int | None = None) -> slice:
+        return slice(first * GROUP_SIZE, ((first if last is None else last) + 1) * GROUP_SIZE)
+
     def panel(g: int, matrix: torch.Tensor, gradient: torch.Tensor, present: torch.Tensor, fresh: bool) -> torch.Tensor:
         mask = None if panels is None else panels[g]
         change = descend(matrix, gradient, present, base[g], codes[g], scale_bytes[g], mask, fresh)
         values[:, g * GROUP_SIZE : (g + 1) * GROUP_SIZE] = present
         return change
 
-    for g in range(n_groups):
-        own, later = slice(g * GROUP_SIZE, (g + 1) * GROUP_SIZE), slice((g + 1) * GROUP_SIZE, columns)
-        matrix = h[own, own]
+    for block in blocks:
+        passed_on = torch.empty(rows, len(block) * GROUP_SIZE)
+        for g in block:
+            own, later, at = columns_of(g), columns_of(g + 1, block[-1]), columns_of(g - block[0])
+            matrix = h[own, own]
+            if feed_forward:
+                inverse = torch.linalg.inv(upper[own, own].cpu().double())
+                matrix = inverse @ inverse.t()
+            change = panel(g, matrix, torch.zeros(rows, GROUP_SIZE), target[:, own].contiguous(), fresh=True)
+            if feed_forward:
+                passed_on[:, at] = change @ inverse.float()
+                target[:, later] += passed_on[:, at] @ upper[own, later].cpu()
         if feed_forward:
-            inverse = torch.linalg.inv(upper[own, own].cpu().double())
-            matrix = inverse @ inverse.t()
-        change = panel(g, matrix, torch.zeros(rows, GROUP_SIZE), target[:, own].contiguous(), fresh=True)
-        if feed_forward:
-            target[:, later] += change @ (inverse.float() @ upper[own, later].cpu())
+            target[:, later.stop :] += passed_on @ upper[columns_of(block[0], block[-1]), later.stop :].cpu()
     for _ in range(sweeps):
         dh = (values - weights) @ h  # exact again at the start of each sweep
-        for g in range(n_groups):
-            own = slice(g * GROUP_SIZE, (g + 1) * GROUP_SIZE)
-            change = panel(g, h[own, own], dh[:, own].contiguous(), values[:, own].contiguous(), fresh=False)
-            dh += change @ h[own]
+        for block in blocks:
+            changes = torch.empty(rows, len(block) * GROUP_SIZE)
+            for g in block:
+                own, later, at = columns_of(g), columns_of(g + 1, block[-1]), columns_of(g - block[0])
+                changes[:, at] = panel(g, h[own, own], dh[:, own].contiguous(), values[:, own].contiguous(), fresh=False)
+                dh[:, later] += changes[:, at] @ h[own, later]
+            dh[:, later.stop :] += changes @ h[columns_of(block[0], block[-1]), later.stop :]
     flat = [x.transpose(0, 1).reshape(rows, columns) for x in (codes, base)]
     kept_values = None if kept is None else torch.where(kept.cpu(), values - flat[1], torch.zeros(()))
     return GptqResult(flat[0].contiguous(), scale_bytes.t().contiguous(), kept_values, relative_error(weights, values, hessian.cpu()))

@@ -30,14 +30,14 @@ Arguments = tuple[tuple, dict]  # of a block, without the hidden states
 
 @dataclass
 class Seen:
-    """Of matrices with the same input: hessian H and cross C, float32 [columns, columns]."""
+    """Of matrices with the same input: hessian H, float32 [columns, columns], and by a matrix's name W C, float32 [rows, columns]."""
 
     hessian: torch.Tensor
-    cross: torch.Tensor
+    cross: dict[str, torch.Tensor]
 
-    def target(self, weight: torch.Tensor, upper: torch.Tensor) -> torch.Tensor:
+    def target(self, tensor: LinkedTensor, upper: torch.Tensor) -> torch.Tensor:
         """V = W + W C H^-1, float32 [rows, columns]; upper: U with U^T U = H^-1."""
-        return weight + ((weight @ self.cross) @ upper.t()) @ upper
+        return tensor.weight + (self.cross[tensor.name] @ upper.t()) @ upper
 
 
 def blocks_of(loaded: LoadedModel, tensors: Sequence[LinkedTensor]) -> list[tuple[torch.nn.Module, list[LinkedTensor]]]:
@@ -116,17 +116,22 @@ class BlockWalk:
         with hooked((module, lambda module, args: self._inputs[id(module)].append(input_rows(args))) for module in modules):
             self._ahead = [self._run(block, states, i) for i, states in enumerate(self._float)]
 
-    def see(self, block: torch.nn.Module, module: torch.nn.Module, weights: torch.Tensor | None) -> Seen:
-        """H and C of the inputs of `module`. weights: float32 [tokens of all texts], or None for 1."""
-        columns = module.weight.shape[1]
-        seen = Seen(*(torch.zeros(columns, columns, device=module.weight.device) for _ in range(2)))
+    def see(self, block: torch.nn.Module, tensors: Sequence[LinkedTensor], weights: torch.Tensor | None) -> Seen:
+        """What matrices with the same input see; the first one's module was named to `enter`. weights: float32 [tokens of all texts], or None for 1."""
+        module, stacked = tensors[0].module, torch.cat([t.weight for t in tensors])
+        rows, columns = stacked.shape
+        few = 2 * rows <= columns  # then W (x - z), token by token, is less work than C
+        hessian = torch.zeros(columns, columns, device=stacked.device)
+        cross = torch.zeros(rows if few else columns, columns, device=stacked.device)
         first = 0
 
         def hook(module: torch.nn.Module, args: tuple) -> None:
             z, x = input_rows(args), self._inputs[id(module)][text]
             weighted = weighted_rows(z, weights, first)
-            add_products(seen.hessian, z, weighted)
-            add_products(seen.cross, x - z, weighted)
+            add_products(hessian, z, weighted)
+            with torch.autocast(z.device.type, enabled=False):
+                moved = (x - z) @ stacked.t() if few else x - z
+            add_products(cross, moved, weighted)
             raise Done
 
         with hooked([(module, hook)]):
@@ -136,7 +141,8 @@ class BlockWalk:
                 except Done:
                     pass
                 first += len(self._inputs[id(module)][text])
-        return seen
+        of_each = (cross if few else stacked @ cross).split([len(t.weight) for t in tensors])
+        return Seen(hessian, {t.name: part for t, part in zip(tensors, of_each, strict=True)})
 
     def leave(self, block: torch.nn.Module) -> None:
         """Run the block with its new weights."""
@@ -182,13 +188,13 @@ def walk_blocks(
     for block, tensors in blocks:
         inside = {t.name for t in tensors}
         of_block = [(k, group, [t for t in group if wanted(t)]) for k, group in groups if group[0].name in inside]
-        walk.enter(block, [group[0].module for _, group, chosen in of_block if chosen])
+        walk.enter(block, [chosen[0].module for _, _, chosen in of_block if chosen])
         for k, group, chosen in of_block:
             if chosen:
-                seen = walk.see(block, group[0].module, calibration.token_weights(k) if config.hessian == "gradient" else None)
+                seen = walk.see(block, chosen, calibration.token_weights(k) if config.hessian == "gradient" else None)
                 upper = inverse_hessian_cholesky(seen.hessian, config.damping, group[0].name)
             for tensor in chosen:
-                visit(tensor, seen.hessian, upper, seen.target(tensor.weight, upper))
+                visit(tensor, seen.hessian, upper, seen.target(tensor, upper))
                 done += 1
                 reporter.progress(done, total, "quantizing")
             for tensor in group:

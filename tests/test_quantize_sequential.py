@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import torch
 from tacq_export.calibrate import calibrate
 from tacq_export.config import ExportConfig
 from tacq_export.errors import TacqError
+from tacq_export.load_model import LinkedTensor
 from tacq_export.quantize_gptq import inverse_hessian_cholesky
 from tacq_export.quantize_model import finished_weights, from_gguf_rows, head_tensor, quantize_matrices, to_gguf_rows
 from tacq_export.quantize_sequential import BlockWalk, Seen, blocks_of, walk_blocks
@@ -62,26 +64,29 @@ def test_what_a_matrix_sees(load_tiny, architecture):
     weights = some_weights()
     for block, tensors in blocks:
         order = [next(t for t in tensors if t.name.split(".")[2] == part) for part in ("attn_q", "attn_output", "ffn_up", "ffn_down")]
-        walk.enter(block, [t.module for t in order])
+        walk.enter(block, [_siblings(tensors, t)[0].module for t in order])
         for tensor in order:
-            seen = walk.see(block, tensor.module, weights)
+            seen = walk.see(block, _siblings(tensors, tensor), weights)
             x, z = inputs(load_tiny(architecture).model, tensor.module_name), inputs(changed.model, tensor.module_name)
-            for found, expected in ((seen.hessian, np.einsum("t,ti,tj->ij", weights, z, z)), (seen.cross, np.einsum("t,ti,tj->ij", weights, x - z, z))):
-                np.testing.assert_allclose(found.numpy(), expected, atol=1e-4 * np.abs(np.einsum("t,ti,tj->ij", weights, z, z)).max())
+            h, c = np.einsum("t,ti,tj->ij", weights, z, z), np.einsum("t,ti,tj->ij", weights, x - z, z)
+            np.testing.assert_allclose(seen.hessian.numpy(), h, atol=1e-4 * np.abs(h).max())
+            assert list(seen.cross) == [t.name for t in _siblings(tensors, tensor)]
+            for t in _siblings(tensors, tensor):
+                np.testing.assert_allclose(seen.cross[t.name].numpy(), t.weight.numpy() @ c, atol=1e-4 * np.abs(t.weight.numpy() @ h).max())
             for t, twin in zip(loaded.linear, changed.linear):
-                if t.module in _siblings(tensors, tensor):
+                if t in _siblings(tensors, tensor):
                     t.module.weight.data.copy_(new[t.name])
                     twin.module.weight.data.copy_(new[t.name])
         walk.leave(block)
     assert np.abs(x - z).max() > 1e-3, "the two models differ"
 
 
-def _siblings(tensors, tensor) -> list[torch.nn.Module]:
-    """Modules with the same input as `tensor`."""
+def _siblings(tensors, tensor) -> list[LinkedTensor]:
+    """Matrices with the same input as `tensor`."""
     for group in (("attn_q", "attn_k", "attn_v"), ("ffn_gate", "ffn_up")):
         if tensor.name.split(".")[2] in group:
-            return [t.module for t in tensors if t.name.split(".")[2] in group]
-    return [tensor.module]
+            return [t for t in tensors if t.name.split(".")[2] in group]
+    return [tensor]
 
 
 def test_the_target_is_the_weighted_least_squares_solution():
@@ -90,8 +95,8 @@ def test_the_target_is_the_weighted_least_squares_solution():
     x = rng.normal(0, 1, (50, 64))
     z, w, weight = x + rng.normal(0, 0.3, x.shape), rng.exponential(1, 50), rng.normal(0, 1, (7, 64))
     h, c = np.einsum("t,ti,tj->ij", w, z, z), np.einsum("t,ti,tj->ij", w, x - z, z)
-    seen = Seen(torch.from_numpy(h).float(), torch.from_numpy(c).float())
-    found = seen.target(torch.from_numpy(weight).float(), inverse_hessian_cholesky(seen.hessian, 0.05)).double().numpy()
+    seen = Seen(torch.from_numpy(h).float(), {"w": torch.from_numpy(weight @ c).float()})
+    found = seen.target(SimpleNamespace(name="w", weight=torch.from_numpy(weight).float()), inverse_hessian_cholesky(seen.hessian, 0.05)).double().numpy()
     # Stationary: sum_t w_t (V z_t - W x_t) z_t^T + damping (V - W) = 0
     pull = np.einsum("t,tr,tj->rj", w, z @ found.T - x @ weight.T, z) + 0.05 * np.diag(h).mean() * (found - weight)
     assert np.abs(pull).max() < 1e-4 * np.abs(weight @ h).max()
