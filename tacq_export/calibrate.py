@@ -34,6 +34,8 @@ from .reporting import Reporter
 from .score_weights import NEEDS_CURVATURE, NEEDS_STATISTIC
 from .write_gguf import written_atomically
 
+# Goes up when what the files below hold is computed otherwise: a work folder of an older number calibrates again.
+CALIBRATION_VERSION = 1
 # Hessians held at once; more matrices than fit take further passes over the calibration texts.
 HESSIAN_BYTES = 6e9
 EMBEDDING_OUTPUT = "embedding"  # under this name the statistics of what the embedding puts out

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from .calibrate import CALIBRATION_VERSION
 from .config import ExportConfig
 from .errors import TacqError
 from .select_weights import TensorSelection
@@ -35,7 +36,8 @@ class WorkDir:
     def open(cls, config: ExportConfig) -> WorkDir:
         """Raises TacqError if --resume finds no earlier work or the work of other options, or a named folder holds other files."""
         path = config.workdir
-        state = {"format_version": FORMAT_VERSION, "model": _identity(config.model), "task": _sha256(config.task), "options": config.fingerprint()}
+        versions = {"format_version": FORMAT_VERSION, "calibration_version": CALIBRATION_VERSION}
+        state = versions | {"model": _identity(config.model), "task": _sha256(config.task), "options": config.fingerprint()}
         marker = path / "state.json"
         if config.resume:
             if not marker.is_file():
@@ -49,7 +51,7 @@ class WorkDir:
         if config.dry_run:  # elsewhere: trying out must not cost unfinished work
             path = path.with_name(path.name + ".dry-run")
             marker = path / "state.json"
-        calibration = {key: state[key] for key in ("model", "task")} | {"options": config.calibration_fingerprint()}
+        calibration = {key: state[key] for key in ("calibration_version", "model", "task")} | {"options": config.calibration_fingerprint()}
         try:
             _clear(path, calibration)
             (path / "tensors").mkdir(parents=True)

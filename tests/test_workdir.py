@@ -15,6 +15,7 @@ import tacq_export.pipeline
 import tacq_export.predict_loss
 import tacq_export.quantize_model
 import tacq_export.score_weights
+import tacq_export.workdir
 from tacq_export.config import ExportConfig
 from tacq_export.errors import TacqError
 from tacq_export.pipeline import export
@@ -179,6 +180,16 @@ def test_a_calibration_of_unknown_origin_is_made_again(config, uninterrupted, tm
     calls = calibrated_again(monkeypatch)
     export(config("second.gguf", workdir=tmp_path / "w"))
     assert all(calls.values()) and (tmp_path / "second.gguf").read_bytes() == uninterrupted
+
+
+def test_a_calibration_by_older_formulas_is_made_again_and_not_resumed(config, tmp_path, monkeypatch):
+    export(config("first.gguf", workdir=tmp_path / "w"))
+    monkeypatch.setattr(tacq_export.workdir, "CALIBRATION_VERSION", tacq_export.calibrate.CALIBRATION_VERSION + 1)
+    with pytest.raises(TacqError, match="another version of this program"):
+        export(config("first.gguf", workdir=tmp_path / "w", resume=True, force=True))
+    calls = calibrated_again(monkeypatch)
+    export(config("second.gguf", workdir=tmp_path / "w"))
+    assert all(calls.values())
 
 
 def test_an_export_that_fails_while_it_writes_leaves_no_output_and_resumes(config, uninterrupted, tmp_path, monkeypatch):
