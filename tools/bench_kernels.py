@@ -6,13 +6,15 @@
 Weights are random bytes for ours and rounded random numbers for stock types, as many copies of the matrix as exceed the caches
 (--megabytes), so that one token reads memory. The result of every type is compared with float64 before it is timed. Types take
 turns; the best round counts. The bandwidth of memory is that of one token of F32 weights.
-Stock types are measured as upstream computes them from a mapped file; what it repacks at load is in bench_llama.py.
+Weights lie in the buffer type that llama.cpp's loader takes for them: CPU_TACQ (ours, rows interleaved), CPU_REPACK (stock types that
+upstream repacks) or CPU; --mapped has all of them in CPU, as --no-repack reads them from the file.
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
+import itertools
 import json
 import sys
 import time
@@ -74,6 +76,35 @@ class BenchGgml(Ggml):
         self.plan.restype, self.plan.argtypes = _Plan, [p, ctypes.c_int, p]
         self.graph_compute = self.cpu.ggml_graph_compute
         self.graph_compute.argtypes = [p, p]
+        size = ctypes.c_size_t
+        for name, result, arguments in [
+            ("reg_get_proc_address", p, [p, ctypes.c_char_p]), ("reg_dev_get", p, [p, size]), ("dev_supports_op", ctypes.c_bool, [p, p]),
+            ("buft_alloc_buffer", p, [p, size]), ("buft_name", ctypes.c_char_p, [p]), ("buffer_free", None, [p]), ("cpu_buffer_type", p, []),
+            ("alloc_ctx_tensors_from_buft", p, [p, p]), ("tensor_set", None, [p, p, size, size]),
+        ]:  # fmt: skip
+            function = getattr(self.base, f"ggml_backend_{name}")
+            function.restype, function.argtypes = result, arguments
+            setattr(self, name, function)
+        self.quiet = ctypes.CFUNCTYPE(None, ctypes.c_int, p, p)(lambda level, text, data: None)  # upstream says each tensor it repacks
+        self.base.ggml_log_set(self.quiet, None)
+        self.cpu.ggml_backend_cpu_reg.restype = p
+        registry = self.cpu.ggml_backend_cpu_reg()
+        self.device = self.reg_dev_get(registry, 0)
+        extra = ctypes.CFUNCTYPE(ctypes.POINTER(p), p)(self.reg_get_proc_address(registry, b"ggml_backend_dev_get_extra_bufts"))
+        self.extra_buffer_types = list(itertools.takewhile(bool, extra(self.device)))
+
+    def buffer_type(self, product: int, weights: int, mapped: bool) -> int:
+        """Where the loader puts `weights` for the op `product`: the first extra buffer type that takes it, else plain memory."""
+        for buffer_type in () if mapped else self.extra_buffer_types:
+            buffer = self.buft_alloc_buffer(buffer_type, 0)
+            of_tensor = ctypes.c_void_p.from_address(weights + 8)  # ggml_tensor.buffer
+            of_tensor.value = buffer
+            takes = self.dev_supports_op(self.device, product)
+            of_tensor.value = None
+            self.buffer_free(buffer)
+            if takes:
+                return buffer_type
+        return self.cpu_buffer_type()
 
     def to_float(self, type_id: int, data: np.ndarray, out: np.ndarray) -> None:
         """Decode rows by get_rows, which all types have."""
@@ -86,17 +117,24 @@ class BenchGgml(Ggml):
 class Case:
     """One type at one size: a graph with a product for every copy of the matrix."""
 
-    def __init__(self, ggml: BenchGgml, name: str, rows: int, columns: int, tokens: int, megabytes: int, cpu_time: bool):
-        self.ggml, self.name, self.cpu_time = ggml, name, cpu_time
+    def __init__(self, ggml: BenchGgml, name: str, rows: int, columns: int, tokens: int, args: argparse.Namespace):
+        self.ggml, self.name, self.cpu_time = ggml, name, args.cpu_time
         type_id, data, first_rows = weights_of(ggml, name, rows, columns)
+        megabytes = args.megabytes if tokens < 32 else 1
         self.bytes, self.copies = data.nbytes, max(1, (megabytes << 20) // data.nbytes)
-        room = (self.copies * (data.nbytes + 4 * rows * tokens + 1024) + 4 * columns * tokens >> 20) + 8
-        self.ctx = ggml.init(InitParams(room << 20, None, False))
+        room = (self.copies * (4 * rows * tokens + 1024) + 4 * columns * tokens >> 20) + 8
+        self.ctx, self.weights_ctx = ggml.init(InitParams(room << 20, None, False)), ggml.init(InitParams(1024 * self.copies, None, True))
         x = np.random.default_rng(2).normal(0, 1, (tokens, columns)).astype(np.float32)
         activations = ggml.tensor(self.ctx, F32, x.shape, x)
         self.graph = ggml.new_graph(self.ctx)
-        for _ in range(self.copies):
-            product = ggml.mul_mat(self.ctx, ggml.tensor(self.ctx, type_id, (rows, columns), data), activations)
+        shape = (ctypes.c_int64 * 2)(columns, rows)
+        weights = [ggml.new_tensor(self.weights_ctx, type_id, 2, shape) for _ in range(self.copies)]
+        products = [ggml.mul_mat(self.ctx, w, activations) for w in weights]
+        buffer_type = ggml.buffer_type(products[0], weights[0], args.mapped)
+        self.buffer_name = ggml.buft_name(buffer_type).decode()
+        self.buffer = ggml.alloc_ctx_tensors_from_buft(self.weights_ctx, buffer_type)
+        for w, product in zip(weights, products):
+            ggml.tensor_set(w, data.ctypes.data, 0, data.nbytes)
             ggml.build_forward_expand(self.graph, product)
         self.run(2)
         got = np.ctypeslib.as_array(ctypes.cast(ggml.get_data(product), ctypes.POINTER(ctypes.c_float)), (tokens, rows))[:, :16]
@@ -116,13 +154,15 @@ class Case:
         return (clock() - start) / self.copies
 
     def free(self) -> None:
+        self.ggml.buffer_free(self.buffer)
+        self.ggml.free(self.weights_ctx)
         self.ggml.free(self.ctx)
 
 
 def bench(ggml: BenchGgml, args: argparse.Namespace, tokens: int) -> list[dict]:
     """One line for every type and number of threads."""
-    cases, lines = [Case(ggml, name, args.rows, args.columns, tokens, args.megabytes if tokens < 32 else 1, args.cpu_time) for name in args.types], []
-    memory = Case(ggml, "F32", args.rows, args.columns, 1, args.megabytes, args.cpu_time)  # one token of floats does nothing but read
+    cases, lines = [Case(ggml, name, args.rows, args.columns, tokens, args) for name in args.types], []
+    memory = Case(ggml, "F32", args.rows, args.columns, 1, args)  # one token of floats does nothing but read
     for threads in args.threads:
         seconds = {case.name: [] for case in [*cases, memory]}
         for _ in range(args.rounds):
@@ -132,7 +172,7 @@ def bench(ggml: BenchGgml, args: argparse.Namespace, tokens: int) -> list[dict]:
         for case in cases:
             best = min(seconds[case.name])
             rate = case.bytes / best / 1e9
-            lines.append({"type": case.name, "rows": args.rows, "columns": args.columns, "tokens": tokens, "threads": threads,
+            lines.append({"type": case.name, "buffer": case.buffer_name, "rows": args.rows, "columns": args.columns, "tokens": tokens, "threads": threads,
                           "us": round(best * 1e6, 1), "GB/s": round(rate, 2), "share_of_bandwidth": round(rate / bandwidth, 3),
                           "GFLOP/s": round(2e-9 * args.rows * args.columns * tokens / best, 1),
                           "slowest_us": round(max(seconds[case.name]) * 1e6, 1)})  # fmt: skip
@@ -151,6 +191,7 @@ def main() -> None:
     parser.add_argument("--types", nargs="+", default=DEFAULT_TYPES)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--megabytes", type=int, default=96, help="of weights that one round of one token reads (default: 96)")
+    parser.add_argument("--mapped", action="store_true", help="weights as they lie in the file, not interleaved or repacked")
     parser.add_argument("--cpu-time", action="store_true", help="count the time of the processor, not of the clock: for a busy machine; 1 thread only")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
@@ -170,7 +211,7 @@ def main() -> None:
         if line["type"] == "memory":
             print(f"memory, {line['threads']} threads: {line['GB/s']} GB/s (one token of F32)")
         else:
-            print(f"{line['type']:<9} {line['tokens']:>4} tokens {line['threads']:>2} threads {line['us']:>10.1f} us {line['GB/s']:>7.2f} GB/s "
+            print(f"{line['type']:<9} {line['buffer']:<10} {line['tokens']:>4} tokens {line['threads']:>2} threads {line['us']:>10.1f} us {line['GB/s']:>7.2f} GB/s "
                   f"{line['share_of_bandwidth']:>6.1%} of memory {line['GFLOP/s']:>7.1f} GFLOP/s")  # fmt: skip
 
 
