@@ -74,6 +74,7 @@ def experiments(data: Path | None, made: Path) -> list[tuple[str, str, dict]]:
     found += [("calibration", f"{n} examples of the task", {"n_samples": n}) for n in (128, 32, 64)]
     found += [("calibration", "all in windows of 2048", {"task": made / "packed.txt", "n_samples": 14})]
     if data:
+        found += [("calibration", f"{n} examples of the task", {"task": data / "gsm8k" / "train.jsonl", "n_samples": n}) for n in (256, 512)]
         found += [("calibration", f"{100 * share:g} % general text", {"task": made / f"mixed-{share:g}.jsonl"}) for share in MIXED]
         found += [("calibration", "Spider", {"task": data / "spider" / "calibration.jsonl"})]
         found += [("calibration", "wikitext2, 14 windows of 2048", {"task": data / "wikitext2" / "calibration.txt", "n_samples": 14})]
