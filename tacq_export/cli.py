@@ -6,15 +6,16 @@ import argparse
 import json
 import os
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
+from .console import ConsoleReporter
 from .errors import TacqError
 from .reporting import Reporter
 
 COMMANDS = {
     "export": "compress a model for a task (the word may be left out: tacq-export MODEL --task FILE)",
+    "answer": "let a model write the answers of a task file itself, to calibrate on",
     "inspect": "tensors, types, true bits per weight, and where the kept weights sit",
     "verify": "decode in Python and in C; KL, perplexity and top-1 agreement with a reference",
     "compare": "our file beside stock types of the same model",
@@ -22,44 +23,6 @@ COMMANDS = {
     "dequantize": "write a GGUF that stock llama.cpp reads",
     "runtime": "build llama.cpp with our types, or say where the build is",
 }
-
-
-class ConsoleReporter(Reporter):
-    """Lines and progress bars on stderr; stdout is for results."""
-
-    latest: ConsoleReporter | None = None
-
-    def __init__(self) -> None:
-        ConsoleReporter.latest = self
-        self._bar = None
-        self._what = ""
-        self._since = 0.0
-
-    def say(self, text: str) -> None:
-        from tqdm import tqdm
-
-        tqdm.write(text, file=sys.stderr) if self._bar is not None else print(text, file=sys.stderr, flush=True)
-
-    def progress(self, done: int, total: int, what: str) -> None:
-        from tqdm import tqdm
-
-        if what != self._what:
-            self.close()
-            self._what, self._since = what, time.monotonic()
-        if self._bar is None and (done < total or done == 0):
-            # Where nobody watches (a log file), a line every 15 seconds is enough.
-            wait = 0.2 if sys.stderr.isatty() else 15
-            self._bar = tqdm(total=total, desc=what, file=sys.stderr, leave=True, dynamic_ncols=True, mininterval=wait, initial=done)
-        if self._bar is not None:
-            self._bar.total = total
-            self._bar.update(done - self._bar.n)
-            if done >= total:
-                self.close()
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-        self._bar, self._what = None, ""
 
 
 def positive(text: str) -> int:
@@ -136,6 +99,27 @@ def run_export(argv: list[str], prog: str) -> None:
             f"{result.bpw_linear:.3f} (scales and indices counted), {result.kept} weights kept; "
             f"{result.seconds:.0f} s, peak memory {result.peak_rss_bytes / 1e9:.1f} GB"
         )
+
+
+def run_answer(argv: list[str], prog: str) -> None:
+    parser = argparse.ArgumentParser(prog=prog, description="Write FILE's conversations again with MODEL's own greedy answers in place of the last turns. Calibrate on them where the model answers in a style of its own.")
+    parser.add_argument("model", metavar="MODEL", help="Hugging Face folder or hub id, or GGUF file")
+    parser.add_argument("--task", required=True, metavar="FILE", help="examples of the task: JSONL with questions and answers, as for the export")
+    parser.add_argument("--outfile", required=True, metavar="OUT.jsonl")
+    parser.add_argument("--n-samples", type=positive, default=128, metavar="N", help="the first N examples are answered (default 128)")
+    parser.add_argument("--n-predict", type=positive, default=512, metavar="N", help="tokens at most; a longer answer is left out (default 512)")
+    parser.add_argument("--threads", "-t", type=positive, metavar="N")
+    parser.add_argument("--force", action="store_true", help="replace an output that exists")
+    args = parser.parse_args(argv)
+    from .answer_task import answer_task
+
+    outfile = Path(args.outfile)
+    if outfile.exists() and not args.force:
+        raise TacqError(f"{outfile} exists; give another --outfile, or --force to replace it.")
+    if not outfile.parent.is_dir():
+        raise TacqError(f"There is no folder {outfile.parent} for the output; make it, or give another --outfile.")
+    written, cut = answer_task(args.model, Path(args.task), outfile, args.n_samples, args.n_predict, args.threads, ConsoleReporter())
+    print(f"{outfile}: {written} answers" + (f"; {cut} were longer than {args.n_predict} tokens and are left out" if cut else ""))
 
 
 def run_inspect(argv: list[str], prog: str) -> None:
@@ -303,7 +287,7 @@ def run_runtime(argv: list[str], prog: str) -> None:
 
 
 RUN = {
-    "export": run_export, "inspect": run_inspect, "verify": run_verify, "compare": run_compare, "run": run_prompt,
+    "export": run_export, "answer": run_answer, "inspect": run_inspect, "verify": run_verify, "compare": run_compare, "run": run_prompt,
     "dequantize": run_dequantize, "runtime": run_runtime,
 }  # fmt: skip
 

@@ -97,6 +97,10 @@ ERRORS = {
     f"{EXPORT} --resume": "There is no unfinished export in out.gguf.work",
     f"{EXPORT} --workdir .": ". exists and is no work folder of tacq-export",
     f"export {EXPORT} --score best": "--score is 'best'",
+    # answer
+    "answer model.gguf --task gone.jsonl --outfile own.jsonl": "gone.jsonl cannot be read",
+    "answer model.gguf --task task.jsonl --outfile ours.gguf": "ours.gguf exists",
+    "answer model.gguf --task task.jsonl --outfile gone/own.jsonl": "There is no folder gone for the output",
     # inspect
     "inspect gone.gguf": "There is no file gone.gguf",
     "inspect folder": "There is no file folder",
