@@ -31,13 +31,13 @@ void tacq_gemv_generic(int bits, int64_t n, int64_t n_rows, int64_t n_tokens, co
 // Block ib of TACQ_LANES rows with each token.
 TACQ_INLINE void gemv_block(const int bits, const int n_tokens, const tacq_lookup * table, const tacq_block_rows * b, int64_t n, int64_t ib,
                             const void * const * acts, vfloat sum[]) {
-    TACQ_UNROLL_8
+    TACQ_UNROLL
     for (int g = 0; g < 2; g++) {
         vint dot[TACQ_GEMV_TOKENS];
         for (int t = 0; t < n_tokens; t++) {
             dot[t] = vint_set1(tacq_act_c(acts[t], n)[2*ib + g]);
         }
-        TACQ_UNROLL_8
+        TACQ_UNROLL
         for (int i = 0; i < 8; i++) {
             const vint levels = tacq_levels_of(bits, b, table, 2*g + i/4, i % 4);
             for (int t = 0; t < n_tokens; t++) {

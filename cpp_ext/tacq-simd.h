@@ -21,16 +21,13 @@
 #define TACQ_INLINE static inline __attribute__((always_inline))
 #endif
 
-// before a loop of at most so many turns in which the counter has to become a constant
+// before a loop of at most 16 turns in which the counter has to become a constant
 #if defined(__clang__)
-#define TACQ_UNROLL_8  _Pragma("clang loop unroll(full)")
-#define TACQ_UNROLL_16 _Pragma("clang loop unroll(full)")
+#define TACQ_UNROLL _Pragma("clang loop unroll(full)")
 #elif defined(__GNUC__)
-#define TACQ_UNROLL_8  _Pragma("GCC unroll 8")
-#define TACQ_UNROLL_16 _Pragma("GCC unroll 16")
+#define TACQ_UNROLL _Pragma("GCC unroll 16")
 #else
-#define TACQ_UNROLL_8
-#define TACQ_UNROLL_16
+#define TACQ_UNROLL
 #endif
 
 #if defined(TACQ_LANES)

@@ -91,7 +91,7 @@ TACQ_INLINE void add_products(const float * products, __m512i at, __m512i left, 
     uint32_t at_of[16], mask_of[16];
     _mm512_storeu_si512(at_of,   at);
     _mm512_storeu_si512(mask_of, _mm512_sub_epi32(_mm512_sllv_epi32(_mm512_set1_epi32(1), left), _mm512_set1_epi32(1)));
-    TACQ_UNROLL_16
+    TACQ_UNROLL
     for (int r = 0; r < 16; r++) {
         const __m512 of_row = _mm512_maskz_loadu_ps((__mmask16) mask_of[r], products + at_of[r]);
         sum[r] = add ? _mm512_add_ps(sum[r], of_row) : of_row;
@@ -111,7 +111,7 @@ static inline void add_rows(const uint8_t * row_ptr, uint32_t first, const float
         left = _mm512_max_epi32(_mm512_sub_epi32(left, sixteen), _mm512_setzero_si512());
         add_products(products, at, left, true, sum);
     }
-    TACQ_UNROLL_16
+    TACQ_UNROLL
     for (int r = 0; r < 16; r += 4) {
         const __m512d ab = _mm512_castps_pd(add_pairs(sum[r],     sum[r + 1]));
         const __m512d cd = _mm512_castps_pd(add_pairs(sum[r + 2], sum[r + 3]));

@@ -7,8 +7,8 @@ long derivations generates text of which such a calibration has none (tools/LOG.
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from .errors import TacqError
 from .generate import generate
@@ -30,20 +30,16 @@ def answer_task(
     task = load_task(task_file)
     examples = task.examples[:n_samples]
     for number, example in enumerate(examples, 1):
-        if not example.messages or example.messages[-1]["role"] != "assistant":
+        if not example.has_answer:
             raise TacqError(f"Example {number} of {task_file} has no question and answer; only conversations can be answered.")
-    work = outfile.parent / (outfile.name + ".work")
-    try:
+    with TemporaryDirectory(prefix=outfile.name + ".", dir=outfile.parent) as work:
         file = Path(model)
         if not file.is_file():
-            work.mkdir(exist_ok=True)
-            file = work / "reference-f16.gguf"
+            file = Path(work) / "reference-f16.gguf"
             make_reference(model, file, reporter)
         tokenizer = gguf_tokenizer(file)
         prompts = [prompt_tokens(example, tokenizer) for example in examples]
         answers = generate(file, prompts, n_predict, threads, parallel, progress=lambda done, total: reporter.progress(done, total, "answering"))
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     rows = []
     for example, (tokens, text) in zip(examples, answers, strict=True):
         if len(tokens) < n_predict and text.strip():

@@ -32,6 +32,16 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def checked_outfile(args: argparse.Namespace) -> Path:
+    """--outfile. Raises TacqError if it exists and there is no --force, or if its folder does not."""
+    outfile = Path(args.outfile)
+    if outfile.exists() and not args.force:
+        raise TacqError(f"{outfile} exists; give another --outfile, or --force to replace it.")
+    if not outfile.parent.is_dir():
+        raise TacqError(f"There is no folder {outfile.parent} for the output; make it, or give another --outfile.")
+    return outfile
+
+
 def build_progress(reporter: Reporter):
     """Adapter for `runtime_build`, whose steps are numbered [n/m]."""
     return lambda done, total, what: reporter.progress(done, total, "building llama.cpp")
@@ -113,11 +123,7 @@ def run_answer(argv: list[str], prog: str) -> None:
     args = parser.parse_args(argv)
     from .answer_task import answer_task
 
-    outfile = Path(args.outfile)
-    if outfile.exists() and not args.force:
-        raise TacqError(f"{outfile} exists; give another --outfile, or --force to replace it.")
-    if not outfile.parent.is_dir():
-        raise TacqError(f"There is no folder {outfile.parent} for the output; make it, or give another --outfile.")
+    outfile = checked_outfile(args)
     written, cut = answer_task(args.model, Path(args.task), outfile, args.n_samples, args.n_predict, args.threads, ConsoleReporter())
     print(f"{outfile}: {written} answers" + (f"; {cut} were longer than {args.n_predict} tokens and are left out" if cut else ""))
 
@@ -263,11 +269,7 @@ def run_dequantize(argv: list[str], prog: str) -> None:
     args = parser.parse_args(argv)
     from .write_gguf import dequantize_gguf
 
-    outfile = Path(args.outfile)
-    if outfile.exists() and not args.force:
-        raise TacqError(f"{outfile} exists; give another --outfile, or --force to replace it.")
-    if not outfile.parent.is_dir():
-        raise TacqError(f"There is no folder {outfile.parent} for the output; make it, or give another --outfile.")
+    outfile = checked_outfile(args)
     dequantize_gguf(args.file, outfile, args.outtype, ConsoleReporter())
     print(f"{outfile}: {outfile.stat().st_size / 1e6:.1f} MB")
 

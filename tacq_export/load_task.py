@@ -42,6 +42,11 @@ class Example:
     messages: tuple[dict[str, str], ...] = ()
     text: str = ""
 
+    @property
+    def has_answer(self) -> bool:
+        """True if it is a conversation with the assistant's turn at its end."""
+        return bool(self.messages) and self.messages[-1]["role"] == "assistant"
+
 
 @dataclass(frozen=True)
 class Task:
@@ -214,7 +219,7 @@ def prompt_tokens(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[
 
     Without a template it is the turns before, each ended by a newline. Raises TacqError if there is no such turn.
     """
-    if not example.messages or example.messages[-1]["role"] != "assistant":
+    if not example.has_answer:
         raise TacqError("The example has no assistant's turn at its end to compare an answer with; give question and answer.")
     before = list(example.messages[:-1])
     if not tokenizer.chat_template:

@@ -115,7 +115,7 @@ def quantize_gptq(
     def panel(g: int, matrix: torch.Tensor, gradient: torch.Tensor, present: torch.Tensor, fresh: bool) -> torch.Tensor:
         mask = None if panels is None else panels[g]
         change = descend(matrix, gradient, present, base[g], codes[g], scale_bytes[g], mask, fresh)
-        values[:, g * GROUP_SIZE : (g + 1) * GROUP_SIZE] = present
+        values[:, columns_of(g)] = present
         return change
 
     for block in blocks:

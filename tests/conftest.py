@@ -5,6 +5,9 @@ import os
 # Read when torch is imported. The matrices here are tiny: on two busy cores a second thread makes them ten times slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import sys
+from pathlib import Path
+
 import pytest
 
 from tacq_export.errors import TacqError
@@ -18,6 +21,15 @@ def runtime():
         return runtime_path()
     except TacqError as error:
         pytest.fail(str(error), pytrace=False)
+
+
+@pytest.fixture(scope="session")
+def model(runtime) -> Path:
+    """SmolLM2-135M-Instruct's GGUF, fetched where it is not there yet."""
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
+    from fetch_models import fetch_model
+
+    return fetch_model("smollm2-135m")
 
 
 @pytest.fixture(scope="session")

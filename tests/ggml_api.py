@@ -23,21 +23,25 @@ class Ggml:
         self.base = ctypes.CDLL(str(folder / "libggml-base.so"))
         self.cpu = ctypes.CDLL(str(folder / "libggml-cpu.so"))
         p, i, i64, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_size_t
-        for name, result, arguments in [
-            ("ggml_init", p, [InitParams]), ("ggml_free", None, [p]), ("ggml_get_data", p, [p]),
-            ("ggml_new_tensor", p, [p, i, i, ctypes.POINTER(i64)]), ("ggml_nbytes", size, [p]),
-            ("ggml_mul_mat", p, [p, p, p]), ("ggml_mul_mat_id", p, [p, p, p, p]), ("ggml_get_rows", p, [p, p, p]),
-            ("ggml_permute", p, [p, p, i, i, i, i]), ("ggml_view_2d", p, [p, p, i64, i64, size, size]),
-            ("ggml_reshape_2d", p, [p, p, i64, i64]), ("ggml_cast", p, [p, p, i]), ("ggml_add", p, [p, p, p]),
-            ("ggml_new_graph", p, [p]), ("ggml_build_forward_expand", None, [p, p]),
-            ("ggml_type_name", ctypes.c_char_p, [i]), ("ggml_type_size", size, [i]), ("ggml_blck_size", i64, [i]),
-            ("ggml_row_size", size, [i, i64]),
-        ]:  # fmt: skip
-            function = getattr(self.base, name)
-            function.restype, function.argtypes = result, arguments
-            setattr(self, name.removeprefix("ggml_"), function)
+        self.bind("ggml_", [
+            ("init", p, [InitParams]), ("free", None, [p]), ("get_data", p, [p]),
+            ("new_tensor", p, [p, i, i, ctypes.POINTER(i64)]), ("nbytes", size, [p]),
+            ("mul_mat", p, [p, p, p]), ("mul_mat_id", p, [p, p, p, p]), ("get_rows", p, [p, p, p]),
+            ("permute", p, [p, p, i, i, i, i]), ("view_2d", p, [p, p, i64, i64, size, size]),
+            ("reshape_2d", p, [p, p, i64, i64]), ("cast", p, [p, p, i]), ("add", p, [p, p, p]),
+            ("new_graph", p, [p]), ("build_forward_expand", None, [p, p]),
+            ("type_name", ctypes.c_char_p, [i]), ("type_size", size, [i]), ("blck_size", i64, [i]),
+            ("row_size", size, [i, i64]),
+        ])  # fmt: skip
         self.cpu.ggml_cpu_init()
         self.cpu.ggml_graph_compute_with_ctx.argtypes = [p, p, i]
+
+    def bind(self, prefix: str, functions: list[tuple]) -> None:
+        """Make functions of libggml-base, (name without prefix, result, arguments), methods of this object."""
+        for name, result, arguments in functions:
+            function = getattr(self.base, prefix + name)
+            function.restype, function.argtypes = result, arguments
+            setattr(self, name, function)
 
     @contextmanager
     def context(self, megabytes: int = 64):

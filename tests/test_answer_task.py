@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,21 +14,12 @@ from tacq_export.generate import generate
 from tacq_export.load_task import gguf_tokenizer, load_task, prompt_tokens
 from tacq_export.reporting import Reporter
 
-ROOT = Path(__file__).resolve().parent.parent
 N_PREDICT = 24
 ROWS = [
     {"question": "Say only the word yes.", "answer": "yes"},
     {"messages": [{"role": "system", "content": "Answer with one word."}, {"role": "user", "content": "Which city is the capital of France?"}, {"role": "assistant", "content": "Paris"}]},
     {"question": "Write a long story about the sea.", "answer": "No."},
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def model(runtime) -> Path:
-    sys.path.insert(0, str(ROOT / "tools"))
-    from fetch_models import fetch_model
-
-    return fetch_model("smollm2-135m")
 
 
 @pytest.fixture

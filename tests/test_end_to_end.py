@@ -32,14 +32,6 @@ def command(*arguments: object) -> subprocess.CompletedProcess:
 
 
 @pytest.fixture(scope="module")
-def model(runtime) -> Path:
-    sys.path.insert(0, str(ROOT / "tools"))
-    from fetch_models import fetch_model
-
-    return fetch_model("smollm2-135m")
-
-
-@pytest.fixture(scope="module")
 def exported(model, tmp_path_factory) -> Path:
     """Exported with 12 of the 128 examples, to be quick, and the embedding left at F16."""
     folder = tmp_path_factory.mktemp("export")

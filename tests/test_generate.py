@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 
@@ -12,16 +9,7 @@ from tacq_export.errors import TacqError
 from tacq_export.generate import LlamaGenerator, generate
 from tacq_export.llama_logits import LlamaLogits
 
-ROOT = Path(__file__).resolve().parent.parent
 QUESTIONS = ["The capital of France is", "Count on, one number a line:\n1\n2\n3\n4\n", "Once upon a time there was"]
-
-
-@pytest.fixture(scope="module")
-def model(runtime) -> Path:
-    sys.path.insert(0, str(ROOT / "tools"))
-    from fetch_models import fetch_model
-
-    return fetch_model("smollm2-135m")
 
 
 @pytest.fixture(scope="module")

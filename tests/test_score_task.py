@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from decimal import Decimal
 from pathlib import Path
 
@@ -71,14 +70,6 @@ def test_retention_needs_the_same_examples_and_something_to_keep():
         retention(TaskScore((True, True)), TaskScore((True,)))
     with pytest.raises(TacqError, match="The reference has none of 2 right"):
         retention(TaskScore((True, True)), TaskScore((False, False)))
-
-
-@pytest.fixture(scope="module")
-def model(runtime) -> Path:
-    sys.path.insert(0, str(ROOT / "tools"))
-    from fetch_models import fetch_model
-
-    return fetch_model("smollm2-135m")
 
 
 @pytest.fixture(scope="module")

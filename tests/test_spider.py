@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import sqlite3
-import sys
 from itertools import product
 from pathlib import Path
 
@@ -17,7 +16,6 @@ from tacq_export.load_task import gguf_tokenizer
 from tacq_export.score_spider import choose_fillings, expected_result, extract_sql, matches, run_query, score_spider
 from tacq_export.spider_databases import Literal, fill_database, literals_of, read_tables
 
-ROOT = Path(__file__).resolve().parent.parent
 # Two databases and some queries of Spider's development set (Yu et al. 2018, arXiv 1809.08887; CC BY-SA 4.0).
 PETS = """
 CREATE TABLE "Student" ("StuID" NUMERIC, "LName" TEXT, "Fname" TEXT, "Age" NUMERIC, "Sex" TEXT, "Major" NUMERIC, "Advisor" NUMERIC,
@@ -270,11 +268,7 @@ def test_a_row_without_a_query_is_named(eval_file):
         score_spider("none.gguf", eval_file, None, 9, None)
 
 
-def test_spider_with_the_real_model(runtime, eval_file):
-    sys.path.insert(0, str(ROOT / "tools"))
-    from fetch_models import fetch_model
-
-    model = fetch_model("smollm2-135m")
+def test_spider_with_the_real_model(model, eval_file):
     score = score_spider(model, eval_file, eval_file.parent / "schemas.json", 2, gguf_tokenizer(model), 1, n_predict=12, parallel=2)
     assert score.n == 2 and all(score.answers)
 

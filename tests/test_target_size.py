@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -78,16 +80,10 @@ def test_the_tiny_model_fits_its_size_too(tiny_gguf, tiny_task, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_135m_model_fits_its_size(tmp_path):
+def test_the_135m_model_fits_its_size(model, tmp_path):
     """Real shapes, real losses, and the header of a real vocabulary."""
-    import sys
-    from pathlib import Path
-
     tools = Path(__file__).resolve().parent.parent / "tools"
-    sys.path.insert(0, str(tools))
-    from fetch_models import fetch_model
-
-    options = dict(model=str(fetch_model("smollm2-135m")), task=tools / "data" / "gsm8k-train-128.jsonl", workdir=tmp_path / "work", n_samples=4, refine_sweeps=0)
+    options = dict(model=str(model), task=tools / "data" / "gsm8k-train-128.jsonl", workdir=tmp_path / "work", n_samples=4, refine_sweeps=0)
     for target, n_bytes in (("50M", 50_000_000), ("56MiB", 56 << 20)):
         result = export(ExportConfig(outfile=tmp_path / f"{target}.gguf", target_size=target, **options))
         assert 0.995 * n_bytes <= result.file_bytes <= n_bytes

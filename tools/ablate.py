@@ -50,10 +50,12 @@ def make_tasks(folder: Path, data: Path | None, tokenizer) -> None:
     examples = GSM8K.read_text(encoding="utf-8").splitlines()
     texts = [render_example(example, tokenizer) for example in load_task(GSM8K).examples]
     (folder / "packed.txt").write_text("".join(texts), encoding="utf-8")
-    for share in MIXED if data else ():
+    if not data:
+        return
+    general = textwrap.wrap((data / "wikitext2" / "calibration.txt").read_text(encoding="utf-8"), 1000)  # about as long as an example
+    for share in MIXED:
         n = round(share * len(examples))
-        general = textwrap.wrap((data / "wikitext2" / "calibration.txt").read_text(encoding="utf-8"), 1000)[:n]  # about as long as an example
-        rows = examples[n:] + [json.dumps({"text": text}) for text in general]
+        rows = examples[n:] + [json.dumps({"text": text}) for text in general[:n]]
         (folder / f"mixed-{share:g}.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
 
 

@@ -69,22 +69,17 @@ class BenchGgml(Ggml):
     def __init__(self, folder: Path):
         super().__init__(folder)
         p, i64 = ctypes.c_void_p, ctypes.c_int64
-        self.quantize_chunk = self.base.ggml_quantize_chunk
-        self.quantize_chunk.restype = ctypes.c_size_t
-        self.quantize_chunk.argtypes = [ctypes.c_int, p, p, i64, i64, i64, p]
+        size = ctypes.c_size_t
+        self.bind("ggml_", [("quantize_chunk", size, [ctypes.c_int, p, p, i64, i64, i64, p])])
         self.plan = self.cpu.ggml_graph_plan
         self.plan.restype, self.plan.argtypes = _Plan, [p, ctypes.c_int, p]
         self.graph_compute = self.cpu.ggml_graph_compute
         self.graph_compute.argtypes = [p, p]
-        size = ctypes.c_size_t
-        for name, result, arguments in [
+        self.bind("ggml_backend_", [
             ("reg_get_proc_address", p, [p, ctypes.c_char_p]), ("reg_dev_get", p, [p, size]), ("dev_supports_op", ctypes.c_bool, [p, p]),
             ("buft_alloc_buffer", p, [p, size]), ("buft_name", ctypes.c_char_p, [p]), ("buffer_free", None, [p]), ("cpu_buffer_type", p, []),
             ("alloc_ctx_tensors_from_buft", p, [p, p]), ("tensor_set", None, [p, p, size, size]),
-        ]:  # fmt: skip
-            function = getattr(self.base, f"ggml_backend_{name}")
-            function.restype, function.argtypes = result, arguments
-            setattr(self, name, function)
+        ])  # fmt: skip
         self.quiet = ctypes.CFUNCTYPE(None, ctypes.c_int, p, p)(lambda level, text, data: None)  # upstream says each tensor it repacks
         self.base.ggml_log_set(self.quiet, None)
         self.cpu.ggml_backend_cpu_reg.restype = p
