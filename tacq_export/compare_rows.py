@@ -23,7 +23,8 @@ class Row:
     file_bytes: size of the file.  bpw_linear, bpw_file: true bits per weight of the blocks' matrices, and 8 file_bytes / all
     weights.  kl: nats a token to the reference, ppl and top1 on the same `n_tokens` held-out tokens.  gsm8k, spider: share of
     `n` examples answered right.  wikitext2_ppl, wikitext2_kl: on general text.  types: {type: matrices of the blocks};
-    fell_back: {"Q2_K -> Q4_0": tensors}; embedding, head: their types.  intervals: {task: [n, low, high]}, 95 % of the score; retention: {task: [ratio to the
+    fell_back: {"Q2_K -> Q4_0": tensors}; embedding, head: their types.  intervals: {task: [n, low, high]}, 95 % of the score; cut: {task: answers that ended
+    at the limit of tokens, and were judged as far as they went}; retention: {task: [ratio to the
     reference's score, low, high]}, over the same examples in pairs.
     """
 
@@ -43,6 +44,7 @@ class Row:
     wikitext2_kl: float | None = None
     intervals: dict[str, list[float]] = field(default_factory=dict)
     retention: dict[str, list[float]] = field(default_factory=dict)
+    cut: dict[str, int] = field(default_factory=dict)
     types: dict[str, int] = field(default_factory=dict)
     fell_back: dict[str, int] = field(default_factory=dict)
     embedding: str | None = None
@@ -162,6 +164,7 @@ def describe_types(row: Row) -> str:
         text += f"; embedding and head {row.head}" if row.embedding == row.head else f"; embedding {row.embedding}, head {row.head}"
     if row.fell_back:
         text += "; fell back: " + ", ".join(f"{count} {pair}" for pair, count in row.fell_back.items())
+    text += "".join(f"; {n} answers of {task} cut off" for task, n in row.cut.items() if n)
     return f"({text})"
 
 

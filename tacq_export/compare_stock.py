@@ -25,8 +25,8 @@ from .load_task import SCHEMAS, Task, gguf_tokenizer, load_task, read_text, rend
 from .reporting import Reporter
 from .runtime import runtime_path
 from .runtime_source import file_sha256
-from .score_spider import score_spider
-from .score_task import TaskScore, retention, score_gsm8k
+from .score_spider import SPIDER_TOKENS, score_spider
+from .score_task import GSM8K_TOKENS, TaskScore, retention, score_gsm8k
 from .verify_gguf import compare_models, compare_on_text
 from .write_gguf import written_atomically
 
@@ -46,7 +46,8 @@ class Scoring:
         """What a score depends on, besides the file."""
         schemas = self.examples.parent / SCHEMAS
         files = {"examples": self.examples} | ({"schemas": schemas} if self.task == "spider" and schemas.is_file() else {})
-        return {"score": self.task, "n": self.n} | {key: file_sha256(path)[:16] for key, path in files.items()}
+        limit = GSM8K_TOKENS if self.task == "gsm8k" else SPIDER_TOKENS
+        return {"score": self.task, "n": self.n, "n_predict": limit} | {key: file_sha256(path)[:16] for key, path in files.items()}
 
 
 @dataclass(frozen=True)
@@ -259,6 +260,7 @@ class _Bench:
             found = self.kept.get(which | scoring.decides(), lambda s=scoring: score_file(s, file(), self.tokenizer, self.config.threads, self.reporter, name))
             result[scoring.task] = found["accuracy"]
             result.setdefault("intervals", {})[scoring.task] = [found["n"], found["low"], found["high"]]
+            result.setdefault("cut", {})[scoring.task] = found["cut"]
             against = self._ref_hits.setdefault(scoring.task, found["hits"])  # the reference is scored first
             if "1" in against:
                 kept = retention(*(TaskScore(tuple(hit == "1" for hit in hits)) for hits in (found["hits"], against)))
@@ -267,11 +269,11 @@ class _Bench:
 
 
 def score_file(scoring: Scoring, file: Path, tokenizer, threads: int | None, reporter: Reporter, name: str) -> dict:
-    """{"n", "correct", "accuracy", "low", "high"} of one file, and "hits": "1" or "0" for each example."""
+    """{"n", "correct", "accuracy", "low", "high", "cut"} of one file, and "hits": "1" or "0" for each example."""
     shown = lambda done, total: reporter.progress(done, total, f"{scoring.task} of {name}")  # noqa: E731
     if scoring.task == "gsm8k":
         score = score_gsm8k(file, scoring.examples, scoring.n, tokenizer, threads, progress=shown)
     else:
         score = score_spider(file, scoring.examples, None, scoring.n, tokenizer, threads, progress=shown)
     hits = "".join("01"[hit] for hit in score.hits)
-    return {"n": score.n, "correct": score.correct, "accuracy": score.accuracy, "low": score.low, "high": score.high, "hits": hits}
+    return {"n": score.n, "correct": score.correct, "accuracy": score.accuracy, "low": score.low, "high": score.high, "cut": score.cut, "hits": hits}

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FILLINGS = 5
+SPIDER_TOKENS = 160  # of an answer
 _TRIES = 40  # seeds that are looked at for them
 # A query may run this many steps of SQLite's machine (about a second) and return this many rows. Steps, not seconds, so that
 # the score does not depend on how busy the machine is.
@@ -305,7 +306,7 @@ def score_spider(
     n: int,
     tokenizer: PreTrainedTokenizerBase,
     threads: int | None = None,
-    n_predict: int = 160,
+    n_predict: int = SPIDER_TOKENS,
     parallel: int = 8,
     progress: Callable[[int, int], None] | None = None,
     backend: str = "cpu",

@@ -121,13 +121,14 @@ def test_scores_of_the_task_and_what_is_retained(config, compared, task, monkeyp
 
     def score(scoring, file, *_):
         hits = right.get(file.name, "0000")
-        return {"n": 4, "correct": hits.count("1"), "accuracy": hits.count("1") / 4, "low": 0.1, "high": 0.9, "hits": hits}
+        return {"n": 4, "correct": hits.count("1"), "accuracy": hits.count("1") / 4, "low": 0.1, "high": 0.9, "cut": hits.count("0"), "hits": hits}
 
     monkeypatch.setattr(tacq_export.compare_stock, "score_file", score)
     rows = compare_stock(replace(config, scoring=[Scoring("gsm8k", task, 4)]), Reporter())
     assert [row.gsm8k for row in rows] == [0.75, 0.5, 0, 0] and rows[1].intervals == {"gsm8k": [4, 0.1, 0.9]}
     assert rows[1].retention["gsm8k"][0] == pytest.approx(2 / 3) and rows[0].retention["gsm8k"] == [1, 1, 1]
     assert [row.kl for row in rows] == [row.kl for row in compared]
+    assert rows[1].cut == {"gsm8k": 2} and "; 2 answers of gsm8k cut off)" in "\n".join(table(rows))
 
 
 def test_a_real_score_of_random_weights(config, task):
