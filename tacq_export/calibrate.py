@@ -25,19 +25,18 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from .collect_hessians import collect_hessians, group_by_input, split_by_memory
+from .collect_inputs import collect_inputs, group_by_input, second_moment
 from .errors import TacqError
 from .load_model import LinkedTensor, LoadedModel
 from .predict_loss import SAMPLE_DAMPING, kept_shares, predict_losses
 from .quantize_gptq import damped_hessian, inverse_diagonal
 from .reporting import Reporter
 from .score_weights import NEEDS_CURVATURE, NEEDS_STATISTIC
+from .walk_blocks import BlockWalk, blocks_of
 from .write_gguf import written_atomically
 
 # Goes up when what the files below hold is computed otherwise: a work folder of an older number calibrates again.
 CALIBRATION_VERSION = 1
-# Hessians held at once; more matrices than fit take further passes over the calibration texts.
-HESSIAN_BYTES = 6e9
 EMBEDDING_OUTPUT = "embedding"  # under this name the statistics of what the embedding puts out
 
 
@@ -61,9 +60,13 @@ class Calibration:
         """float32 [columns, columns]: sum over tokens of w_t x_t x_t^T, the mean of w_t being 1."""
         return _read(self.folder / "hessians" / f"{group}.safetensors", "hessian")
 
+    def token_energy(self, name: str) -> torch.Tensor:
+        """float32 [tokens of all texts]: the squared loss gradient at the outputs of each token."""
+        return _read(self.folder / "gradients.safetensors", f"{name}/tokens")
+
     def token_weights(self, group: int) -> torch.Tensor:
         """float32 [tokens of all texts]: w_t of a group of matrices, mean 1."""
-        return token_weights([_read(self.folder / "gradients.safetensors", f"{t.name}/tokens").sqrt() for t in self.groups[group]])
+        return token_weights([self.token_energy(t.name).sqrt() for t in self.groups[group]])
 
     def curvature(self, name: str) -> torch.Tensor:
         """float32 [rows, columns]: a_r / [H^-1]_jj, twice the loss per squared change of one weight whose row makes up for it."""
@@ -113,11 +116,12 @@ def _read(path: Path, key: str) -> torch.Tensor:
 
 
 def calibrate(
-    loaded: LoadedModel, head: LinkedTensor, texts: Sequence[Sequence[int]], power: int, weighted: bool, bf16: bool, folder: Path, reporter: Reporter
-) -> Calibration:
+    loaded: LoadedModel, head: LinkedTensor, texts: Sequence[Sequence[int]], power: int, weighted: bool, bf16: bool, folder: Path, reporter: Reporter,
+    begins: Sequence[int] | None = None,
+) -> Calibration:  # fmt: skip
     """Gather what `folder` does not have yet, for the matrices of the blocks and the `head`.
 
-    power: of the gradient sums, 1 or 2; weighted: False counts all tokens alike; bf16: matrix products of the model
+    begins: of each text the first token whose loss counts, None for all; power: of the gradient sums, 1 or 2; weighted: False counts all tokens alike; bf16: matrix products of the model
     in bfloat16. Raises TacqError when a loss is not finite.
     """
     (folder / "hessians").mkdir(parents=True, exist_ok=True)
@@ -125,33 +129,55 @@ def calibrate(
     if not gradients.is_file():
         modules = {t.name: t.module for t in loaded.linear}
         outputs_only = {head.name: head.module, EMBEDDING_OUTPUT: loaded.embedding.module}
-        found = accumulate_gradients(loaded.model, modules, texts, power, reporter, outputs_only, bf16)
+        found = accumulate_gradients(loaded.model, modules, texts, power, reporter, outputs_only, bf16, begins)
         with written_atomically(gradients) as partial:
             save_file({name: tensor.cpu().contiguous() for name, tensor in found.items()}, partial)
         del found
     groups = group_by_input(loaded.model, [*loaded.linear, head], texts[0])
     calibration = Calibration(folder, groups, sum(map(len, texts)))
-    missing = [k for k in range(len(groups)) if not calibration.losses_file(k).is_file()]
-    parts = split_by_memory([groups[k] for k in missing], HESSIAN_BYTES)
-    done = 0
-    for i, part in enumerate(parts):
-        what = "Hessians" if len(parts) == 1 else f"Hessians {i + 1}/{len(parts)}"
-        weights = [calibration.token_weights(k) if weighted else None for k in missing[done : done + len(part)]]
-        with torch.autocast(loaded.model.device.type, torch.bfloat16, enabled=bf16):
-            alone = [[t] for group in part for t in group]
-            both = collect_hessians(loaded.model, part + alone, texts, weights + [token_weights([_read(gradients, f"{t.name}/tokens")]) for [t] in alone], reporter, what)
-        fishers = {t.name: fisher for [t], fisher in zip(alone, both[len(part) :], strict=True)}
-        for k, (group, hessian) in enumerate(zip(part, both), done):
-            with written_atomically(folder / "hessians" / f"{missing[k]}.safetensors") as partial:
-                save_file({"hessian": hessian.cpu(), "inverse_diagonal": inverse_diagonal(hessian, SAMPLE_DAMPING, group[0].name).cpu()}, partial)
-            damped = damped_hessian(hessian, SAMPLE_DAMPING).cpu()
-            losses = {t.name: predict_losses(t, damped, fishers[t.name].cpu(), calibration.row_energy(t.name), calibration.n_tokens) for t in group}
-            with written_atomically(calibration.losses_file(missing[k])) as partial:
-                partial.write_text(json.dumps(losses))
-            reporter.progress(k - done + 1, len(part), f"predicting losses {i + 1}/{len(parts)}")
-        done += len(part)
-        del both, hessian, fishers, damped  # the next part needs the memory
+    measure_groups(loaded, calibration, texts, weighted, bf16, reporter)
     return calibration
+
+
+def measure_groups(loaded: LoadedModel, calibration: Calibration, texts: Sequence[Sequence[int]], weighted: bool, bf16: bool, reporter: Reporter) -> None:
+    """Hessian, inverse diagonal and predicted losses of every group that has none, block by block; the head comes last."""
+    groups = calibration.groups
+    missing = [k for k in range(len(groups)) if not calibration.losses_file(k).is_file()]
+    if not missing:
+        return
+    blocks = blocks_of(loaded)
+    in_blocks = {t.name for _, tensors in blocks for t in tensors}
+    total, done = len(missing), 0
+    reporter.progress(0, total, "Hessians")
+    walk = BlockWalk(loaded, [block for block, _ in blocks], texts, bf16)
+    for block, tensors in blocks:
+        inside = {t.name for t in tensors}
+        of_block = [k for k in missing if groups[k][0].name in inside]
+        walk.enter(block, [groups[k][0].module for k in of_block])
+        for k in of_block:
+            measure_group(calibration, k, walk.inputs(groups[k][0].module), weighted)
+            done += 1
+            reporter.progress(done, total, "Hessians")
+        walk.leave()
+    others = [k for k in missing if groups[k][0].name not in in_blocks]
+    with walk.passed():
+        inputs = collect_inputs(loaded.model, [groups[k][0].module for k in others], texts) if others else []
+    for k, of_group in zip(others, inputs, strict=True):
+        measure_group(calibration, k, of_group, weighted)
+        done += 1
+        reporter.progress(done, total, "Hessians")
+
+
+def measure_group(calibration: Calibration, k: int, inputs: Sequence[torch.Tensor], weighted: bool) -> None:
+    """What lies on disk of group k. inputs: of each text, float32 [tokens, columns]."""
+    group = calibration.groups[k]
+    hessian = second_moment(inputs, calibration.token_weights(k) if weighted else None)
+    with written_atomically(calibration.folder / "hessians" / f"{k}.safetensors") as partial:
+        save_file({"hessian": hessian.cpu(), "inverse_diagonal": inverse_diagonal(hessian, SAMPLE_DAMPING, group[0].name).cpu()}, partial)
+    damped = damped_hessian(hessian, SAMPLE_DAMPING).cpu()
+    losses = {t.name: predict_losses(t, damped, inputs, calibration.token_energy(t.name), calibration.row_energy(t.name)) for t in group}
+    with written_atomically(calibration.losses_file(k)) as partial:
+        partial.write_text(json.dumps(losses))
 
 
 def disk_bytes(loaded: LoadedModel, head: LinkedTensor, folder: Path) -> float:
@@ -168,13 +194,13 @@ def token_weights(of_each: Sequence[torch.Tensor]) -> torch.Tensor:
 
 def accumulate_gradients(
     model: torch.nn.Module, modules: dict[str, torch.nn.Module], texts: Sequence[Sequence[int]], power: int, reporter: Reporter,
-    outputs_only: dict[str, torch.nn.Module] | None = None, bf16: bool = False,
+    outputs_only: dict[str, torch.nn.Module] | None = None, bf16: bool = False, begins: Sequence[int] | None = None,
 ) -> dict[str, torch.Tensor]:  # fmt: skip
     """{name: sum over texts of |dL/dW|^power, shaped as the module's weight} and, of the gradients at its outputs,
     {name/tokens: [tokens of all texts], name/rows: [rows]}; float32. `outputs_only` modules have the latter alone.
 
     L is the mean next-token cross-entropy of one text for the weights (the paper's), and the sum for the outputs, where every
-    token of every text counts alike. Each gradient is freed as soon as it is added, so gradient memory is one matrix.
+    token of every text counts alike; of tokens from `begins` on, where it is given. Each gradient is freed as soon as it is added, so gradient memory is one matrix.
     Raises TacqError when a loss is not finite.
     """
     found: dict[str, torch.Tensor] = {}
@@ -212,10 +238,11 @@ def accumulate_gradients(
             handles.append(module.register_forward_hook(add_output(name)))
         for i, text in enumerate(reporter.track(texts, "calibrating")):
             batch = torch.tensor([text], device=model.device)
-            scale = len(text) - 1
+            begin = begins[i] if begins else 1
+            scale = len(text) - begin
             with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
-                logits = model(input_ids=batch, use_cache=False).logits[0, :-1].float()
-            loss = torch.nn.functional.cross_entropy(logits, batch[0, 1:])
+                logits = model(input_ids=batch, use_cache=False).logits[0, begin - 1 : -1].float()
+            loss = torch.nn.functional.cross_entropy(logits, batch[0, begin:])
             if not torch.isfinite(loss):
                 raise TacqError(f"The loss of example {i + 1} is {loss.item()}; the model or that example is damaged.")
             loss.backward()

@@ -49,7 +49,7 @@ def build_progress(reporter: Reporter):
 
 def export_parser(prog: str) -> argparse.ArgumentParser:
     """Flags of an export; each default is ExportConfig's."""
-    from .config import BASE_TYPES, DEFAULT_BPW, DEFAULT_EMBEDDING_TYPE, EMBEDDING_TYPES, HESSIAN_INPUTS, HESSIANS, PRECISIONS, REFERENCES, SCORES, ExportConfig
+    from .config import BASE_TYPES, DEFAULT_BPW, DEFAULT_EMBEDDING_TYPE, EMBEDDING_TYPES, HESSIAN_INPUTS, HESSIANS, LOSSES, PRECISIONS, REFERENCES, SCORES, ExportConfig
 
     parser = argparse.ArgumentParser(
         prog=prog,
@@ -75,6 +75,7 @@ def export_parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument("--seq-len", type=int, default=default["seq_len"], metavar="N", help=f"each cut to N tokens (default {default['seq_len']})")
     parser.add_argument("--refine-sweeps", type=int, default=default["refine_sweeps"], metavar="N", help=f"passes of coordinate descent over codes and scales after GPTQ (default {default['refine_sweeps']}; 0 for none)")
     parser.add_argument("--damping", type=float, default=default["damping"], metavar="D", help=f"GPTQ's, as a share of the Hessian's mean diagonal (default {default['damping']})")
+    parser.add_argument("--loss", default=default["loss"], metavar="L", help=f"whose gradients: {', '.join(LOSSES)}; answer counts the assistant's last turn alone (default {default['loss']})")
     parser.add_argument("--hessian", default=default["hessian"], metavar="H", help=f"how tokens count in GPTQ's Hessian: {', '.join(HESSIANS)}; gradient weighs each by how much the loss depends on it (default {default['hessian']})")
     parser.add_argument(
         "--hessian-inputs", default=default["hessian_inputs"], metavar="I",

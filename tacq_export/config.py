@@ -16,6 +16,7 @@ REFERENCES = ("rtn", "gptq")
 HESSIANS = ("gradient", "plain")
 HESSIAN_INPUTS = ("quantized", "float")
 PRECISIONS = ("f32", "bf16")
+LOSSES = ("text", "answer")
 BASE_TYPES = ("tacq2", "tacq3", "tacq4")
 # What the token embedding and the output head may be stored as: ours, and the stock types that gguf-py can write.
 EMBEDDING_TYPES = (*BASE_TYPES, "f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
@@ -51,6 +52,7 @@ class ExportConfig:
     refine_sweeps: passes of coordinate descent over the codes after GPTQ; 0 leaves GPTQ's.
     damping: share of the Hessian's mean diagonal that GPTQ adds to it.
     precision: of the matrix products of the calibration, f32 or bf16 (autocast; 2 to 3 times faster where the CPU has it).
+    loss: what gradients are taken of, the whole text or the assistant's last turn alone (every example must have one).
     hessian: gradient weighs the tokens by their loss gradients (calibrate.py), plain counts all alike.
     hessian_inputs: quantized has the model run block by block with what is quantized already, so that each matrix makes up for
     those before it (quantize_sequential.py); float takes the calibration's, which is faster.
@@ -75,6 +77,7 @@ class ExportConfig:
     seq_len: int = 2048
     refine_sweeps: int = 3
     damping: float = 0.01
+    loss: str = "text"
     hessian: str = "gradient"
     hessian_inputs: str = "quantized"
     precision: str = "f32"
@@ -110,6 +113,7 @@ class ExportConfig:
         self._one_of("reference", REFERENCES)
         if self.base_type is not None:
             self._one_of("base_type", BASE_TYPES)
+        self._one_of("loss", LOSSES)
         self._one_of("hessian", HESSIANS)
         self._one_of("hessian_inputs", HESSIAN_INPUTS)
         self._one_of("precision", PRECISIONS)
@@ -208,7 +212,7 @@ class ExportConfig:
 
     def calibration_fingerprint(self) -> dict:
         """What decides the gradients and Hessians: an export that shares these can use them again."""
-        shared = {f: str(getattr(self, f)) for f in ("model", "n_samples", "seq_len", "hessian", "precision", "device")}
+        shared = {f: str(getattr(self, f)) for f in ("model", "n_samples", "seq_len", "loss", "hessian", "precision", "device")}
         return shared | {"power": self.gradient_power}
 
     def fingerprint(self) -> dict:

@@ -240,15 +240,37 @@ def tokenize_task(task: Task, tokenizer: PreTrainedTokenizerBase, n_samples: int
         tokens = tokenizer(task.examples[0].text, verbose=False)["input_ids"]
         texts = [tokens[i : i + seq_len] for i in range(0, len(tokens), seq_len)][:n_samples]
     else:
-        texts = []
-        for example in task.examples[:n_samples]:
-            templated = bool(example.messages and tokenizer.chat_template)  # a template writes its own BOS
-            text = render_example(example, tokenizer)
-            texts.append(tokenizer(text, add_special_tokens=not templated, verbose=False)["input_ids"][:seq_len])
+        texts = [example_tokens(example, tokenizer)[:seq_len] for example in task.examples[:n_samples]]
     texts = [text for text in texts if len(text) > 1]
     if not texts:
         raise TacqError(f"The task '{task.name}' has no example of at least two tokens; give longer ones.")
     return texts
+
+
+def example_tokens(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """All tokens of an example."""
+    templated = bool(example.messages and tokenizer.chat_template)  # a template writes its own BOS
+    return tokenizer(render_example(example, tokenizer), add_special_tokens=not templated, verbose=False)["input_ids"]
+
+
+def tokenize_answers(task: Task, tokenizer: PreTrainedTokenizerBase, n_samples: int, seq_len: int) -> tuple[list[list[int]], list[int]]:
+    """`tokenize_task`, and of each text the index of the first token of the answer; examples that `seq_len` cuts before it are left out.
+
+    Raises TacqError for an example without an assistant's turn at its end, or if no answer is left.
+    """
+    texts, begins = [], []
+    for number, example in enumerate(task.examples[:n_samples], 1):
+        if task.packed or not example.has_answer:
+            raise TacqError(f"Example {number} of the task '{task.name}' has no assistant's turn at its end; use --loss text.")
+        tokens, prompt = example_tokens(example, tokenizer)[:seq_len], prompt_tokens(example, tokenizer)
+        # As many tokens as both have in common: a tokenizer may join the prompt's last one to the answer's first.
+        begin = next((i for i, (one, other) in enumerate(zip(tokens, prompt)) if one != other), min(len(tokens), len(prompt)))
+        if 0 < begin < len(tokens):
+            texts.append(tokens)
+            begins.append(begin)
+    if not texts:
+        raise TacqError(f"No answer of the task '{task.name}' begins within {seq_len} tokens; give a larger --seq-len.")
+    return texts, begins
 
 
 def gguf_tokenizer(gguf_path: Path | str) -> PreTrainedTokenizerBase:

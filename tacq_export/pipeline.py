@@ -15,7 +15,7 @@ from .calibrate import Calibration, calibrate, disk_bytes
 from .config import ExportConfig, parse_size
 from .errors import TacqError
 from .load_model import LinkedTensor, LoadedModel, load_model
-from .load_task import load_task, tokenize_task
+from .load_task import load_task, tokenize_answers, tokenize_task
 from .pack_tensor import unpack_tensor
 from .plan_types import fixed_types, plan_types, predicted_loss
 from .quantize_model import gptq_error, head_tensor, quantize_embedding, quantize_matrices, rounding_error
@@ -65,7 +65,9 @@ def export(config: ExportConfig, reporter: Reporter | None = None) -> ExportResu
     work = WorkDir.open(config)
     try:
         loaded = load_model(config.model, work.path, config.device, reporter)
-        texts = tokenize_task(task, loaded.tokenizer, config.n_samples, config.seq_len)
+        texts, begins = tokenize_task(task, loaded.tokenizer, config.n_samples, config.seq_len), None
+        if config.loss == "answer":
+            texts, begins = tokenize_answers(task, loaded.tokenizer, config.n_samples, config.seq_len)
         fixed, head = fixed_types(loaded, config), head_tensor(loaded)
         reporter.say(describe(loaded, texts, task.name, fixed, config))
     finally:
@@ -76,7 +78,7 @@ def export(config: ExportConfig, reporter: Reporter | None = None) -> ExportResu
     need_space(config.outfile.parent, 1.1e-9 * upper_bound_bytes(loaded), "the output", "give --outfile on a larger disk")
     need_space(work.calibration, 1e-9 * disk_bytes(loaded, head, work.calibration), "the calibration", "give --workdir on a larger disk")
 
-    calibration = calibrate(loaded, head, texts, config.gradient_power, config.hessian == "gradient", config.precision == "bf16", work.calibration, reporter)
+    calibration = calibrate(loaded, head, texts, config.gradient_power, config.hessian == "gradient", config.precision == "bf16", work.calibration, reporter, begins)
     selection = work.load_selection()
     if selection is None:
         error = reference_error(loaded.linear, calibration, config, reporter)
@@ -120,7 +122,7 @@ def describe(loaded: LoadedModel, texts: list[list[int]], task: str, fixed: dict
     others = "".join(f", {t.name} {fixed[t.name].upper()}" for t in ends)
     return (
         f"{loaded.name}: {len(loaded.linear)} matrices, {loaded.n_linear / 1e6:.1f} M weights -> {aim} (kept by '{config.score}'){others}. "
-        f"Task '{task}': {len(texts)} examples, {sum(map(len, texts))} tokens."
+        f"Task '{task}': {len(texts)} examples, {sum(map(len, texts))} tokens{', of which the answers count' if config.loss == 'answer' else ''}."
     )
 
 

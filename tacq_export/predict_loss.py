@@ -62,16 +62,29 @@ def _row_losses(error: torch.Tensor, second_moment: torch.Tensor) -> torch.Tenso
     return ((error @ second_moment) * error).sum(1)
 
 
-def predict_losses(tensor: LinkedTensor, damped: torch.Tensor, fisher: torch.Tensor, row_energy: torch.Tensor, n_tokens: int) -> dict[int, float]:
+def _output_losses(error: torch.Tensor, inputs: Sequence[torch.Tensor], weights: torch.Tensor) -> torch.Tensor:
+    """float64 [rows]: sum_t w_t (d x_t)^2 of each row d, over all rows x_t of the inputs."""
+    total, first = torch.zeros(len(error), dtype=torch.float64), 0
+    for x in inputs:
+        total += ((x.cpu() @ error.t()).square() * weights[first : first + len(x), None]).sum(0)
+        first += len(x)
+    return total
+
+
+def predict_losses(
+    tensor: LinkedTensor, damped: torch.Tensor, inputs: Sequence[torch.Tensor], token_energy: torch.Tensor, row_energy: torch.Tensor
+) -> dict[int, float]:
     """{bits: nats a token} of a matrix with nothing kept.
 
-    damped: what it will be quantized with, damping added; fisher: F, both float32 [columns, columns]; row_energy: float32 [rows], T a_r.
+    damped: what it will be quantized with, damping added, float32 [columns, columns]; inputs: x_t, of each text float32 [tokens, columns];
+    token_energy: float32 [tokens of all texts], |g_t|^2; row_energy: float32 [rows], T a_r.
     """
     rows, energy = sample_rows(row_energy)
-    weight, loss = tensor.weight.cpu()[rows], {}
+    weight, n_tokens, loss = tensor.weight.cpu()[rows], len(token_energy), {}
+    weights = token_energy / token_energy.mean().clamp_min(1e-30)
     for bits in BITS:
-        of_rows = _row_losses(_trial_error(bits, weight, damped, None), fisher)
-        loss[bits] = 0.5 * float((energy * of_rows).sum(dtype=torch.float64)) / n_tokens**2
+        of_rows = _output_losses(_trial_error(bits, weight, damped, None), inputs, weights)
+        loss[bits] = 0.5 * float((energy * of_rows).sum()) / n_tokens**2
     return loss
 
 

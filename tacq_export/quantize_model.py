@@ -15,7 +15,7 @@ from .fit_groups import dequantize_groups, round_to_nearest
 from .load_model import LinkedTensor, LoadedModel
 from .pack_tensor import QuantizedTensor, dequantize_tensor, pack_tensor
 from .quantize_gptq import GptqResult, inverse_hessian_cholesky, quantize_gptq
-from .quantize_sequential import walk_blocks
+from .quantize_sequential import quantize_in_order
 from .reporting import Reporter
 from .select_weights import TensorSelection
 from .sparse_section import KeptWeights
@@ -91,7 +91,7 @@ def quantize_matrices(
         reporter.say(tensor_line(tensor, facts, time.monotonic() - started))
 
     if config.hessian_inputs == "quantized" and any(wanted(t) for t in loaded.linear):
-        walk_blocks(loaded, calibration, texts, config, wanted, visit, lambda t: finished_weights(t, work), reporter)
+        quantize_in_order(loaded, calibration, texts, config, wanted, visit, lambda t: finished_weights(t, work), reporter)
     for_each_hessian(calibration, wanted, config.damping, visit, reporter)  # the head, or all
 
 

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from tacq_export.config import BASE_TYPES, EMBEDDING_TYPES, HESSIANS, PRECISIONS, REFERENCES, SCORES, ExportConfig, parse_size
+from tacq_export.config import BASE_TYPES, EMBEDDING_TYPES, HESSIANS, LOSSES, PRECISIONS, REFERENCES, SCORES, ExportConfig, parse_size
 from tacq_export.errors import TacqError
 
 
@@ -29,7 +29,7 @@ def test_the_defaults_are_valid(make):
     [
         *({"score": s} for s in SCORES), *({"reference": r} for r in REFERENCES), *({"base_type": t} for t in BASE_TYPES),
         *({"token_embedding_type": t, "output_tensor_type": t} for t in EMBEDDING_TYPES),
-        *({"hessian": h} for h in HESSIANS), *({"precision": p} for p in PRECISIONS), *({"tensor_types": (f"ffn={t}", f"a=b={t.upper()}")} for t in EMBEDDING_TYPES),
+        *({"hessian": h} for h in HESSIANS), *({"precision": p} for p in PRECISIONS), *({"loss": loss} for loss in LOSSES), *({"tensor_types": (f"ffn={t}", f"a=b={t.upper()}")} for t in EMBEDDING_TYPES),
         {"token_embedding_type": None, "output_tensor_type": None}, {"target_size": 350_000_000}, {"target_size": "1.2G"}, {"target_size": "1"},
         {"tensor_types": ("ffn_(down|up)=tacq2_s16", r"^blk\.[0-3]\.=TACQ4_S1")}, {"no_kept": True}, {"no_kept": True, "ratio": 0.0}, {"refine_sweeps": 0},
         {"ratio": 0.01, "base_type": "tacq4"}, {"target_bpw": 5.0, "no_kept": True, "base_type": "tacq3"},
@@ -55,6 +55,7 @@ BAD = [
     ({"no_kept": True, "ratio": 0.01}, "--ratio 0.01 keeps weights and --no-kept keeps none; give one of them."),
     ({"hessian": "none"}, "--hessian is 'none', expected one of: gradient, plain."),
     ({"precision": "f16"}, "--precision is 'f16', expected one of: f32, bf16."),
+    ({"loss": "all"}, "--loss is 'all', expected one of: text, answer."),
     ({"token_embedding_type": "tacq2_s4"}, "--token-embedding-type is 'tacq2_s4', expected one of: tacq2, "),
     *(({"target_size": size}, f"--target-size is '{size}', expected a size such as 350M, 1.2G, 512MiB or a number of bytes.") for size in ("", "big", "-5", "0", "1T", "1.5.2M", "nan", "inf", "5 M B", "1e9", "0.5", 1e30, "9999999G")),
     *(({"tensor_types": ("ffn=f16", entry)}, f"--tensor-type is '{entry}', expected REGEX=TYPE with one of the types tacq2, ") for entry in ("ffn", "=tacq2", "ffn=", "ffn=q2_k", "ffn=tacq5", "ffn=tacq2_s5")),
@@ -158,7 +159,7 @@ def test_the_fingerprint_has_what_decides_the_result_and_nothing_else(make, tmp_
         {"model": "other"}, {"task": tmp_path / "b"}, {"score": "fisher"}, {"reference": "gptq"}, {"ratio": 0.001}, {"target_bpw": 3.0},
         {"base_type": "tacq3"}, {"token_embedding_type": "f16"}, {"output_tensor_type": "f16"}, {"n_samples": 5}, {"seq_len": 9},
         {"damping": 0.02}, {"device": "cpu"}, {"seed": 1}, {"target_size": "1G"}, {"tensor_types": ("a=f16",)}, {"hessian": "plain"},
-        {"precision": "bf16"}, {"refine_sweeps": 1}, {"no_kept": True},
+        {"precision": "bf16"}, {"loss": "answer"}, {"refine_sweeps": 1}, {"no_kept": True},
     ):  # fmt: skip
         assert make(**options).fingerprint() != base, options
 
@@ -172,6 +173,6 @@ def test_the_calibrations_fingerprint_has_what_decides_gradients_and_hessians_an
     ):  # fmt: skip
         assert make(**options).calibration_fingerprint() == base, options
     for options in (
-        {"model": "other"}, {"n_samples": 5}, {"seq_len": 9}, {"hessian": "plain"}, {"precision": "bf16"}, {"device": "cpu"}, {"score": "fisher"},
+        {"model": "other"}, {"n_samples": 5}, {"seq_len": 9}, {"hessian": "plain"}, {"precision": "bf16"}, {"loss": "answer"}, {"device": "cpu"}, {"score": "fisher"},
     ):  # fmt: skip
         assert make(**options).calibration_fingerprint() != base, options

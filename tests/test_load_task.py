@@ -7,7 +7,7 @@ import json
 import pytest
 
 from tacq_export.errors import TacqError
-from tacq_export.load_task import Example, Task, compact_schema, load_task, prompt_tokens, render_example, tidy_query, tokenize_task, tokenize_with_gguf
+from tacq_export.load_task import Example, Task, compact_schema, load_task, prompt_tokens, render_example, tidy_query, tokenize_answers, tokenize_task, tokenize_with_gguf
 
 
 class Words:
@@ -165,6 +165,31 @@ def test_examples_of_one_token_are_left_out_and_none_at_all_is_refused():
     assert len(tokenize_task(Task("t", [short, long], False), words, 5, 100)) == 1
     with pytest.raises(TacqError, match="The task 't' has no example of at least two tokens; give longer ones."):
         tokenize_task(Task("t", [short, short], False), words, 5, 100)
+
+
+@pytest.mark.parametrize(("template", "asked"), [("yes", "BOS-of-template <user> what is 2 and 3 <assistant>"), (None, "BOS what is 2 and 3")])
+def test_an_answer_begins_behind_what_the_model_is_asked(template, asked):
+    words = Words(template)
+    task = Task("t", [Example(messages=USER_AND_ASSISTANT)] * 2, packed=False)
+    texts, begins = tokenize_answers(task, words, 5, 100)
+    assert texts == tokenize_task(task, words, 5, 100) and len(begins) == 2
+    assert words.words(texts[0][: begins[0]]) == asked.split() and words.words(texts[0][begins[0] :]) == ["it", "is", "5"]
+
+
+def test_an_answer_that_seq_len_cuts_off_is_left_out():
+    words = Words()
+    short = Example(messages=({"role": "user", "content": "hi"}, {"role": "assistant", "content": "it is 5"}))
+    task = Task("t", [Example(messages=USER_AND_ASSISTANT), short], packed=False)
+    texts, begins = tokenize_answers(task, words, 5, 6)
+    assert [words.words(t) for t in texts] == ["BOS-of-template <user> hi <assistant> it is".split()] and begins == [4]
+    with pytest.raises(TacqError, match="No answer of the task 't' begins within 4 tokens; give a larger --seq-len."):
+        tokenize_answers(task, words, 5, 4)
+
+
+@pytest.mark.parametrize("task", [Task("t", [Example(text="a b c")], False), Task("t", [Example(text="a b c")], True), Task("t", [Example(messages=USER_AND_ASSISTANT[:1])], False)], ids=["text", "plain text", "no answer"])
+def test_examples_without_an_answer_are_named(task):
+    with pytest.raises(TacqError, match="Example 1 of the task 't' has no assistant's turn at its end; use --loss text."):
+        tokenize_answers(task, Words(), 5, 100)
 
 
 def test_plain_text_is_cut_into_consecutive_windows():

@@ -47,8 +47,8 @@ def test_with_all_rows_it_is_the_sum_over_tokens_and_outputs(rows, columns):
     tensor = matrix(rows, columns)
     x, w, energy = statistics(rows, columns)
     hessian = torch.from_numpy(np.einsum("ti,tj->ij", x, x)).float()
-    fisher = torch.from_numpy(np.einsum("t,ti,tj->ij", w, x, x)).float()
-    found = predict_losses(tensor, hessian, fisher, torch.from_numpy(energy).float(), TOKENS)
+    inputs = torch.from_numpy(x).float().split([20, 1, TOKENS - 21])
+    found = predict_losses(tensor, hessian, inputs, torch.from_numpy(7 * w).float(), torch.from_numpy(energy).float())  # only shares of w's mean count
     assert list(found) == [2, 3, 4]
     for bits, loss in found.items():
         d = tensor.weight.double().numpy() - quantized(bits, tensor.weight, hessian)
@@ -60,7 +60,7 @@ def test_a_sample_of_rows_stands_for_all_of_them():
     """400 rows alike: 96 of them say the same within their spread, here 5 %."""
     tensor, (x, w, energy) = matrix(400, 64), statistics(400, 64)
     hessian = torch.from_numpy(np.einsum("ti,tj->ij", x, x)).float()
-    found = predict_losses(tensor, hessian, hessian, torch.from_numpy(energy).float(), TOKENS)
+    found = predict_losses(tensor, hessian, [torch.from_numpy(x).float()], torch.ones(TOKENS), torch.from_numpy(energy).float())
     for bits, loss in found.items():
         d = tensor.weight.double().numpy() - quantized(bits, tensor.weight, hessian)
         of_rows = np.einsum("ri,ij,rj->r", d, hessian.double().numpy(), d)
@@ -78,7 +78,7 @@ def test_rows_with_most_of_the_energy_stand_for_themselves():
     assert float(stands_for.sum()) == pytest.approx(float(energy.sum()), rel=1e-5)
     top = energy.argsort(descending=True)[: SAMPLE_ROWS // 3]
     assert torch.equal(stands_for[torch.isin(rows, top)], energy[top.sort().values])
-    for bits, loss in predict_losses(tensor, hessian, hessian, energy, TOKENS).items():
+    for bits, loss in predict_losses(tensor, hessian, [torch.from_numpy(x).float()], torch.ones(TOKENS), energy).items():
         d = tensor.weight.double().numpy() - quantized(bits, tensor.weight, hessian)
         of_rows = np.einsum("ri,ij,rj->r", d, hessian.double().numpy(), d)
         assert loss == pytest.approx((energy.double().numpy() * of_rows).sum() / (2 * TOKENS**2), rel=0.02)
@@ -93,7 +93,7 @@ def test_a_sample_larger_than_the_matrix_is_all_of_it():
 def test_a_matrix_that_the_loss_does_not_feel_costs_nothing():
     tensor, (x, _, _) = matrix(32, 64), statistics(32, 64)
     hessian = torch.from_numpy(np.einsum("ti,tj->ij", x, x)).float()
-    assert predict_losses(tensor, hessian, hessian, torch.zeros(32), TOKENS) == {2: 0.0, 3: 0.0, 4: 0.0}
+    assert predict_losses(tensor, hessian, [torch.from_numpy(x).float()], torch.ones(TOKENS), torch.zeros(32)) == {2: 0.0, 3: 0.0, 4: 0.0}
 
 
 def room_of(rows: int, columns: int, p: int) -> int:

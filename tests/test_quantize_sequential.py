@@ -16,10 +16,11 @@ from tacq_export.errors import TacqError
 from tacq_export.load_model import LinkedTensor
 from tacq_export.quantize_gptq import inverse_hessian_cholesky
 from tacq_export.quantize_model import finished_weights, from_gguf_rows, head_tensor, quantize_matrices, to_gguf_rows
-from tacq_export.quantize_sequential import BlockWalk, Seen, blocks_of, walk_blocks
+from tacq_export.quantize_sequential import QuantizedWalk, Seen, quantize_in_order
 from tacq_export.reporting import Reporter
 from tacq_export.select_weights import TensorSelection
 from tacq_export.tensor_types import TYPES_BY_NAME
+from tacq_export.walk_blocks import blocks_of
 from tacq_export.workdir import WorkDir
 
 TEXTS = [[1, 5, 9, 20, 33, 270, 4], [1, 300, 12, 5, 5, 91], [1, 44]]  # of different lengths
@@ -55,11 +56,11 @@ def test_what_a_matrix_sees(load_tiny, architecture):
     """In the second block, with the first one's matrices and the block's own first ones changed: H and C of the inputs of two whole
     models. float32 through two blocks: 1e-4 of the largest."""
     loaded, changed = own_copy(load_tiny, architecture), own_copy(load_tiny, architecture)
-    blocks = blocks_of(loaded, loaded.linear)
+    blocks = blocks_of(loaded)
     assert [block for block, _ in blocks] == list(loaded.model.get_decoder().layers)
     assert [t.name for _, tensors in blocks for t in tensors] == [t.name for t in loaded.linear if "blk.0" in t.name] + [t.name for t in loaded.linear if "blk.1" in t.name]
     generator = torch.Generator().manual_seed(3)
-    walk = BlockWalk(loaded, [block for block, _ in blocks], TEXTS, bf16=False)
+    walk = QuantizedWalk(loaded, [block for block, _ in blocks], TEXTS, bf16=False)
     new = {t.name: t.weight + 0.1 * t.weight.std() * torch.randn(t.shape, generator=generator) for t in loaded.linear}
     weights = some_weights()
     for block, tensors in blocks:
@@ -77,7 +78,7 @@ def test_what_a_matrix_sees(load_tiny, architecture):
                 if t in _siblings(tensors, tensor):
                     t.module.weight.data.copy_(new[t.name])
                     twin.module.weight.data.copy_(new[t.name])
-        walk.leave(block)
+        walk.leave()
     assert np.abs(x - z).max() > 1e-3, "the two models differ"
 
 
@@ -161,12 +162,14 @@ def test_the_model_is_left_without_hooks_when_it_fails(load_tiny, tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        walk_blocks(loaded, calibration, TEXTS, ExportConfig("m", "t", "o.gguf"), lambda t: True, fail, lambda t: None, Reporter())
+        quantize_in_order(loaded, calibration, TEXTS, ExportConfig("m", "t", "o.gguf"), lambda t: True, fail, lambda t: None, Reporter())
     for module in loaded.model.modules():
         assert not module._forward_pre_hooks and not module._forward_hooks and "forward" not in module.__dict__
 
 
 def test_a_matrix_outside_blocks_is_named(load_tiny):
     loaded = load_tiny("qwen2")
+    outside = replace(loaded, linear=[*loaded.linear, loaded.embedding])
     with pytest.raises(TacqError, match="'token_embd.weight' .* is in no block .* use --hessian-inputs float"):
-        blocks_of(loaded, [*loaded.linear, loaded.embedding])
+        quantize_in_order(outside, None, TEXTS, ExportConfig("m", "t", "o.gguf"), lambda t: True, None, lambda t: None, Reporter())
+    assert blocks_of(outside)[1][1] == blocks_of(loaded)[1][1]

@@ -103,12 +103,11 @@ def test_an_export_interrupted_while_it_scores_resumes_to_the_same_bytes(config,
     assert (tmp_path / "out.gguf").read_bytes() == uninterrupted
 
 
-@pytest.mark.parametrize("step", ["accumulate_gradients", "group_by_input", "collect_hessians", "predict_losses"])
+@pytest.mark.parametrize("step", ["accumulate_gradients", "group_by_input", "second_moment", "predict_losses"])
 def test_an_export_interrupted_while_it_calibrates_resumes_to_the_same_bytes(config, uninterrupted, tmp_path, monkeypatch, step):
-    """In the second of nine passes over the texts, or in the first of what is done once."""
+    """At the second of nine Hessians or the second matrix's losses, or in what is done once."""
     with monkeypatch.context() as patch:
-        patch.setattr(tacq_export.calibrate, "HESSIAN_BYTES", 1)
-        raise_at(patch, tacq_export.calibrate, step, 2 if step in ("collect_hessians", "predict_losses") else 1, KeyboardInterrupt())
+        raise_at(patch, tacq_export.calibrate, step, 2 if step in ("second_moment", "predict_losses") else 1, KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt):
             export(config())
     gradients = raise_at(monkeypatch, tacq_export.calibrate, "accumulate_gradients", 0, KeyboardInterrupt())
@@ -129,7 +128,7 @@ def test_an_allocated_export_resumes_to_the_same_bytes(config, tmp_path, monkeyp
 
 
 def calibrated_again(monkeypatch) -> dict[str, list]:
-    return {step: raise_at(monkeypatch, tacq_export.calibrate, step, 0, KeyboardInterrupt()) for step in ("accumulate_gradients", "collect_hessians", "predict_losses")}
+    return {step: raise_at(monkeypatch, tacq_export.calibrate, step, 0, KeyboardInterrupt()) for step in ("accumulate_gradients", "second_moment", "predict_losses")}
 
 
 @pytest.mark.parametrize(
@@ -146,12 +145,12 @@ def test_a_named_work_folder_calibrates_once_for_exports_that_share_it(config, t
     export(config("alone.gguf", **options))
     calls = calibrated_again(monkeypatch)
     export(config("second.gguf", workdir=tmp_path / "w", **options))
-    assert calls == {"accumulate_gradients": [], "collect_hessians": [], "predict_losses": []}
+    assert calls == {"accumulate_gradients": [], "second_moment": [], "predict_losses": []}
     assert (tmp_path / "second.gguf").read_bytes() == (tmp_path / "alone.gguf").read_bytes() != (tmp_path / "first.gguf").read_bytes()
 
 
 @pytest.mark.parametrize(
-    "options", [{"n_samples": 2}, {"seq_len": 16}, {"hessian": "plain"}, {"precision": "bf16"}, {"score": "fisher"}, {"device": "auto"}], ids=str
+    "options", [{"n_samples": 2}, {"seq_len": 16}, {"hessian": "plain"}, {"precision": "bf16"}, {"loss": "answer"}, {"score": "fisher"}, {"device": "auto"}], ids=str
 )
 def test_a_named_work_folder_calibrates_anew_for_exports_that_do_not(config, tmp_path, monkeypatch, options):
     export(config("first.gguf", workdir=tmp_path / "w"))

@@ -29,7 +29,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 from fetch_models import fetch_model  # noqa: E402
 from tacq_export.block_codec import CODECS  # noqa: E402
-from tacq_export.collect_hessians import collect_hessians, group_by_input  # noqa: E402
+from tacq_export.collect_inputs import collect_inputs, group_by_input, second_moment  # noqa: E402
 from tacq_export.errors import TacqError  # noqa: E402
 from tacq_export.fit_groups import dequantize_groups, round_to_nearest  # noqa: E402
 from tacq_export.load_model import load_model  # noqa: E402
@@ -164,7 +164,7 @@ def load_sample(name: str, args: argparse.Namespace) -> Sample:
         chosen = [t for t in loaded.linear if int(t.name.split(".")[1]) in wanted]
         texts = tokenize_task(load_task(args.task), loaded.tokenizer, args.examples, 2048)
         groups = group_by_input(loaded.model, chosen, texts[0])
-        hessians = collect_hessians(loaded.model, groups, texts, [None] * len(groups), Reporter(), name)
+        hessians = [second_moment(inputs, None) for inputs in collect_inputs(loaded.model, [group[0].module for group in groups], texts)]
         pairs = [(t, hessian) for group, hessian in zip(groups, hessians) for t in group]
         matrices = [Matrix(t.name, evenly(t.weight[0::2], args.rows), evenly(t.weight[1::2], args.rows), h) for t, h in pairs]
         parts = loaded.linear, [t for t in (loaded.embedding, loaded.head) if t is not None]

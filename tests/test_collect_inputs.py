@@ -1,4 +1,4 @@
-"""Hessians against weighted sums of outer products in float64, with the inputs caught by a hook of the test's own."""
+"""Inputs of layers, and Hessians against weighted sums of outer products in float64, with the inputs caught by a hook of the test's own."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from tacq_export.collect_hessians import collect_hessians, group_by_input, split_by_memory
+from tacq_export import collect_inputs as module
+from tacq_export.collect_inputs import collect_inputs, group_by_input, second_moment
 from tacq_export.load_model import LinkedTensor
-from tacq_export.reporting import Reporter
 from tiny_hf import tiny_model
 
 TEXTS = [[1, 5, 9, 20, 33, 270, 4, 8, 15], [1, 300, 12, 5], list(range(1, 40))]
@@ -81,9 +81,17 @@ def close(found: torch.Tensor, expected: np.ndarray) -> None:
     np.testing.assert_allclose(found.double().numpy(), expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
 
 
-def test_hessians_are_sums_of_outer_products_of_the_inputs(model, tensors, expected):
+def hessians(model, groups, weights) -> list[torch.Tensor]:
+    inputs = collect_inputs(model, [group[0].module for group in groups], TEXTS)
+    return [second_moment(x, w) for x, w in zip(inputs, weights, strict=True)]
+
+
+@pytest.mark.parametrize("stripe", [1024, 64, 24, 1], ids="stripes of {}".format)
+def test_hessians_are_sums_of_outer_products_of_the_inputs(model, tensors, expected, monkeypatch, stripe):
+    """In one piece, in two or so, in pieces that do not divide the matrix, in rows."""
+    monkeypatch.setattr(module, "STRIPE", stripe)
     groups = group_by_input(model, tensors, TEXTS[0])
-    for group, hessian in zip(groups, collect_hessians(model, groups, TEXTS, [None] * len(groups), Reporter(), "Hessians"), strict=True):
+    for group, hessian in zip(groups, hessians(model, groups, [None] * len(groups)), strict=True):
         for tensor in group:
             close(hessian, expected[tensor.name])
     assert not any(t.module._forward_pre_hooks for t in tensors)
@@ -93,16 +101,9 @@ def test_every_token_counts_by_its_weight_in_each_group(model, tensors, inputs):
     """Texts of 9, 4 and 39 tokens: a weight that belongs to another token, or another group, gives another matrix."""
     groups = group_by_input(model, tensors, TEXTS[0])
     weights = [None if i == 2 else some_weights(i) for i in range(len(groups))]
-    for group, weight, hessian in zip(groups, weights, collect_hessians(model, groups, TEXTS, weights, Reporter(), "Hessians"), strict=True):
+    for group, weight, hessian in zip(groups, weights, hessians(model, groups, weights), strict=True):
         x = inputs[group[0].name]
         close(hessian, weighted_sum(x, np.ones(len(x)) if weight is None else weight.double().numpy()))
-
-
-def test_the_same_group_may_be_asked_for_twice_with_other_weights(model, tensors, inputs):
-    groups = group_by_input(model, tensors, TEXTS[0])[:3]
-    weights = [some_weights(i) for i in range(6)]
-    for group, weight, hessian in zip(groups * 2, weights, collect_hessians(model, groups * 2, TEXTS, weights, Reporter(), "Hessians"), strict=True):
-        close(hessian, weighted_sum(inputs[group[0].name], weight.double().numpy()))
 
 
 def test_bfloat16_products_change_the_inputs_but_not_the_sums(model, tensors, inputs):
@@ -111,7 +112,7 @@ def test_bfloat16_products_change_the_inputs_but_not_the_sums(model, tensors, in
     groups = group_by_input(model, tensors, TEXTS[0])
     weights = [some_weights(i) for i in range(len(groups))]
     with torch.autocast("cpu", torch.bfloat16):
-        found = collect_hessians(model, groups, TEXTS, weights, Reporter(), "Hessians")
+        found = hessians(model, groups, weights)
     exact = [weighted_sum(inputs[g[0].name], w.double().numpy()) for g, w in zip(groups, weights, strict=True)]
     assert all(h.dtype == torch.float32 for h in found)
     close(found[0], exact[0])
@@ -120,40 +121,24 @@ def test_bfloat16_products_change_the_inputs_but_not_the_sums(model, tensors, in
         assert 1e-5 < difference < 0.05
 
 
-def test_split_by_memory_gives_the_same(model, tensors, expected):
-    groups = group_by_input(model, tensors, TEXTS[0])
-    parts = split_by_memory(groups, 7 * 4 * 64**2)
-    assert [g for part in parts for g in part] == groups and len(parts) > 2
-    for part in parts:
-        for group, hessian in zip(part, collect_hessians(model, part, TEXTS, [None] * len(part), Reporter(), "Hessians"), strict=True):
-            close(hessian, expected[group[0].name])
+def test_inputs_are_each_text_s_own(model, tensors, inputs):
+    found = collect_inputs(model, [t.module for t in tensors], TEXTS)
+    for tensor, of_texts in zip(tensors, found, strict=True):
+        assert [len(x) for x in of_texts] == list(map(len, TEXTS)) and all(x.dtype == torch.float32 for x in of_texts)
+        assert np.array_equal(torch.cat(of_texts).double().numpy(), inputs[tensor.name])
 
 
-@pytest.mark.parametrize("columns", [1, 6.0, 7.5, 100])
-def test_parts_take_at_most_the_limit_or_one_group(model, tensors, columns):
-    """limit: so many matrices of 64 x 64."""
-    groups = group_by_input(model, tensors, TEXTS[0])
-    limit = columns * 4 * 64**2
-    parts = split_by_memory(groups, limit)
-    assert [g for part in parts for g in part] == groups
-    sizes = [[(1 + len(g)) * 4 * g[0].shape[1] ** 2 for g in part] for part in parts]
-    assert all(len(part) == 1 or sum(part) <= limit for part in sizes)
-    for part, following in zip(sizes, sizes[1:]):
-        assert sum(part) + following[0] > limit, "a part was closed though the next group had room"
-
-
-def test_a_pass_stops_after_the_last_group(model, tensors):
+def test_a_pass_stops_after_the_last_module(model, tensors):
     """The second layer must not run when only the first is of interest."""
     groups = group_by_input(model, tensors, TEXTS[0])[:2]
     ran = []
     handle = model.model.layers[1].register_forward_pre_hook(lambda *_: ran.append(1))
-    collect_hessians(model, groups, TEXTS, [None] * len(groups), Reporter(), "Hessians")
+    collect_inputs(model, [group[0].module for group in groups], TEXTS)
     handle.remove()
     assert ran == []
 
 
 def test_hooks_are_removed_when_the_model_fails(model, tensors):
-    groups = group_by_input(model, tensors, TEXTS[0])
     with pytest.raises(IndexError):
-        collect_hessians(model, groups, [[1, 10**6]], [None] * len(groups), Reporter(), "Hessians")
+        collect_inputs(model, [t.module for t in tensors], [[1, 10**6]])
     assert not any(t.module._forward_pre_hooks for t in tensors)
