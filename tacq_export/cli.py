@@ -153,10 +153,13 @@ def run_inspect(argv: list[str], prog: str) -> None:
 
 
 def run_verify(argv: list[str], prog: str) -> None:
+    from .config import LOSSES
+
     parser = argparse.ArgumentParser(prog=prog, description=COMMANDS["verify"])
     parser.add_argument("file", metavar="FILE")
     parser.add_argument("--against", metavar="REF", help="GGUF of the same model to compare with, such as the F16 original")
     parser.add_argument("--task", metavar="FILE", help="examples to compare on (not those of the calibration), as for the export")
+    parser.add_argument("--loss", choices=LOSSES, default="text", help="which tokens of the examples count: all, or those of the assistant's last turn alone (default text)")
     parser.add_argument("--text", metavar="FILE", help="plain text to compare on, in windows of 512 tokens")
     parser.add_argument("--n-samples", type=positive, default=24, metavar="N", help="examples or windows (default 24)")
     parser.add_argument("--threads", "-t", type=positive, metavar="N")
@@ -164,6 +167,8 @@ def run_verify(argv: list[str], prog: str) -> None:
     args = parser.parse_args(argv)
     if bool(args.against) != bool(args.task or args.text):
         raise TacqError("KL and perplexity need both a reference and examples: give --against REF with --task FILE or --text FILE.")
+    if args.text and args.loss == "answer":
+        raise TacqError("A plain text has no answers; use --loss answer with --task FILE.")
     from .decode_in_c import check_decoding
 
     reporter = ConsoleReporter()
@@ -174,10 +179,14 @@ def run_verify(argv: list[str], prog: str) -> None:
 
         shown = lambda done, total: reporter.progress(done, total, "measuring")  # noqa: E731
         if args.task:
-            from .load_task import load_task, tokenize_with_gguf
+            from .load_task import gguf_tokenizer, load_task, tokenize_answers, tokenize_task
 
-            texts = tokenize_with_gguf(load_task(Path(args.task)), args.against, args.n_samples, 2048)
-            quality = compare_models(args.against, args.file, texts, args.threads, shown)
+            task, tokenizer, begins = load_task(Path(args.task)), gguf_tokenizer(args.against), None
+            if args.loss == "answer":
+                texts, begins = tokenize_answers(task, tokenizer, args.n_samples, 2048)
+            else:
+                texts = tokenize_task(task, tokenizer, args.n_samples, 2048)
+            quality = compare_models(args.against, args.file, texts, args.threads, shown, begins=begins)
         else:
             from .load_task import read_text
 

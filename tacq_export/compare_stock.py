@@ -9,6 +9,7 @@ only what is missing.
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -257,7 +258,8 @@ class _Bench:
         """Scores of the task itself, as fields of a Row."""
         result: dict = {}
         for scoring in self.config.scoring:
-            found = self.kept.get(which | scoring.decides(), lambda s=scoring: score_file(s, file(), self.tokenizer, self.config.threads, self.reporter, name))
+            answers = self.config.workdir / f"answers-{scoring.task}-{re.sub(r'[^a-z0-9._-]+', '-', name.lower())}.jsonl"
+            found = self.kept.get(which | scoring.decides(), lambda s=scoring, a=answers: score_file(s, file(), a, self.tokenizer, self.config.threads, self.reporter, name))
             result[scoring.task] = found["accuracy"]
             result.setdefault("intervals", {})[scoring.task] = [found["n"], found["low"], found["high"]]
             result.setdefault("cut", {})[scoring.task] = found["cut"]
@@ -268,12 +270,22 @@ class _Bench:
         return result
 
 
-def score_file(scoring: Scoring, file: Path, tokenizer, threads: int | None, reporter: Reporter, name: str) -> dict:
-    """{"n", "correct", "accuracy", "low", "high", "cut"} of one file, and "hits": "1" or "0" for each example."""
+def score_file(scoring: Scoring, file: Path, answers: Path, tokenizer, threads: int | None, reporter: Reporter, name: str) -> dict:
+    """{"n", "correct", "accuracy", "low", "high", "cut"} of one file, and "hits": "1" or "0" for each example.
+
+    What the file answered goes into `answers`, to be read: a task file, with "right" in each row.
+    """
     shown = lambda done, total: reporter.progress(done, total, f"{scoring.task} of {name}")  # noqa: E731
     if scoring.task == "gsm8k":
         score = score_gsm8k(file, scoring.examples, scoring.n, tokenizer, threads, progress=shown)
     else:
         score = score_spider(file, scoring.examples, None, scoring.n, tokenizer, threads, progress=shown)
+    asked = load_task(scoring.examples).examples[: scoring.n]
+    rows = [
+        {"messages": [*example.messages[:-1], {"role": "assistant", "content": answer}], "right": hit}
+        for example, answer, hit in zip(asked, score.answers, score.hits, strict=True)
+    ]
+    with written_atomically(answers) as partial:
+        partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     hits = "".join("01"[hit] for hit in score.hits)
     return {"n": score.n, "correct": score.correct, "accuracy": score.accuracy, "low": score.low, "high": score.high, "cut": score.cut, "hits": hits}

@@ -285,8 +285,3 @@ def gguf_tokenizer(gguf_path: Path | str) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     except (ValueError, NotImplementedError, KeyError) as error:
         raise TacqError(f"transformers cannot read the tokenizer of {gguf_path} ({str(error).splitlines()[0]}); compare on plain text with --text.") from error
-
-
-def tokenize_with_gguf(task: Task, gguf_path: Path | str, n_samples: int, seq_len: int) -> list[list[int]]:
-    """`tokenize_task` with `gguf_tokenizer`."""
-    return tokenize_task(task, gguf_tokenizer(gguf_path), n_samples, seq_len)

@@ -93,12 +93,15 @@ def compare_models(
     threads: int | None = None,
     progress: Progress | None = None,
     backend: str = "cpu",
+    begins: Sequence[int] | None = None,
 ) -> Quality:
-    """Quality of `candidate` against `reference` on token lists; position i of a text predicts i+1, all positions count.
+    """Quality of `candidate` against `reference` on token lists; position i of a text predicts i+1. All predictions count, or
+    with `begins` those of each text's tokens from that index on.
 
     progress(done, total) counts tokens. Raises TacqError if a file does not load, vocabularies differ, or there is no
     text of two tokens.
     """
+    begins = [begin for text, begin in zip(texts, begins or [1] * len(texts), strict=True) if len(text) > 1]
     texts = [[int(t) for t in text] for text in texts if len(text) > 1]
     if not texts:
         raise TacqError("There is no text of at least two tokens to compare on; give a longer one.")
@@ -107,12 +110,13 @@ def compare_models(
     with LlamaLogits(reference, longest, threads, backend) as ref, LlamaLogits(candidate, longest, threads, backend) as cand:
         if ref.n_vocab != cand.n_vocab:
             raise TacqError(f"{candidate} has {cand.n_vocab} tokens and {reference} {ref.n_vocab}; compare files of one model.")
-        for text in texts:
+        for text, first in zip(texts, begins, strict=True):
             following = np.asarray(text[1:], np.int64)
             for (begin, p), (_, q) in zip(ref.chunks(text), cand.chunks(text), strict=True):
-                targets = following[begin : begin + len(p)]  # the last position of a text predicts nothing
+                counted = slice(max(first - 1 - begin, 0), len(following) - begin)  # the last position of a text predicts nothing
+                targets = following[begin : begin + len(p)][counted]
                 if len(targets):
-                    stats.append(token_statistics(p[: len(targets)], q[: len(targets)], targets))
+                    stats.append(token_statistics(p[counted], q[counted], targets))
                 done += len(p)
                 if progress:
                     progress(done, total)

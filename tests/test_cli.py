@@ -113,6 +113,7 @@ ERRORS = {
     "verify damaged.gguf": "tensor 'token_embd.weight': sparse section has magic",
     "verify ours.gguf --against model.gguf": "give --against REF with --task FILE or --text FILE",
     "verify ours.gguf --task task.jsonl": "give --against REF with --task FILE or --text FILE",
+    "verify ours.gguf --against model.gguf --text task.jsonl --loss answer": "A plain text has no answers; use --loss answer with --task FILE.",
     "verify ours.gguf": "llama.cpp with the TACQ types is not built yet",
     # compare
     "compare model.gguf --file ours.gguf --task task.jsonl --eval task.jsonl": "llama.cpp with the TACQ types is not built yet",

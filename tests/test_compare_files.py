@@ -136,6 +136,10 @@ def test_a_real_score_of_random_weights(config, task):
     rows = compare_stock(replace(config, types=(), text=None, scoring=[Scoring("gsm8k", task, 2)]), Reporter())
     assert [row.gsm8k for row in rows] == [0, 0] and rows[1].retention == {}
     assert rows[1].intervals["gsm8k"][:2] == [2, 0] and 0.5 < rows[1].intervals["gsm8k"][2] < 1
+    for name, row in (("reference-f16", rows[0]), ("small", rows[1])):
+        answers = [json.loads(line) for line in (config.workdir / f"answers-gsm8k-{name}.jsonl").read_text().splitlines()]
+        assert [answer["right"] for answer in answers] == [False, False] and row.cut == {"gsm8k": 2}
+        assert [[m["role"] for m in answer["messages"]] for answer in answers] == [["user", "assistant"]] * 2, "can be a task file"
 
 
 def test_sizes_are_known_before_quantizing(config, compared, tmp_path):

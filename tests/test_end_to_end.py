@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tacq_export.inspect_gguf import density_picture, inspect_gguf
-from tacq_export.load_task import load_task, tokenize_with_gguf
+from tacq_export.load_task import gguf_tokenizer, load_task, tokenize_task
 from tacq_export.tensor_types import TYPES_BY_NAME
 from tacq_export.verify_gguf import compare_models, token_statistics
 from tacq_export.write_gguf import field_value, open_gguf, tensor_values
@@ -46,7 +46,7 @@ def reference(exported) -> Path:
 
 @pytest.fixture(scope="module")
 def texts(reference) -> list[list[int]]:
-    return tokenize_with_gguf(load_task(HELD_OUT), reference, 6, 2048)
+    return tokenize_task(load_task(HELD_OUT), gguf_tokenizer(reference), 6, 2048)
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +86,16 @@ def test_quality_is_far_better_than_rounding(quality):
     assert 0.3 < quality.kl < 0.57
     assert quality.top1 > 0.66
     assert quality.ref_ppl < quality.ppl < 1.6 * quality.ref_ppl
+
+
+def test_only_tokens_from_where_an_answer_begins_count(exported, reference, texts, quality):
+    """What comes before and what comes after make up the whole; in other chunks llama.cpp sums in another order (1e-3)."""
+    begins = [len(text) // 2 for text in texts]
+    before = compare_models(reference, exported, [text[:begin] for text, begin in zip(texts, begins)])
+    after = compare_models(reference, exported, texts, begins=begins)
+    assert after.n_tokens == sum(len(text) - begin for text, begin in zip(texts, begins)) == quality.n_tokens - before.n_tokens
+    assert (before.kl * before.n_tokens + after.kl * after.n_tokens) / quality.n_tokens == pytest.approx(quality.kl, rel=1e-3)
+    assert abs(before.kl - after.kl) > 0.01 * quality.kl
 
 
 def test_llama_cpp_and_torch_agree_on_the_quality(exported, reference, texts, quality):

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from tacq_export.errors import TacqError
-from tacq_export.load_task import Example, Task, compact_schema, load_task, prompt_tokens, render_example, tidy_query, tokenize_answers, tokenize_task, tokenize_with_gguf
+from tacq_export.load_task import Example, Task, compact_schema, gguf_tokenizer, load_task, prompt_tokens, render_example, tidy_query, tokenize_answers, tokenize_task
 
 
 class Words:
@@ -263,10 +263,10 @@ def test_the_prompt_of_an_example_ends_where_the_assistant_begins():
 def test_the_tokenizer_of_a_gguf_gives_the_tokens_of_the_folder(load_tiny, tiny_gguf, tiny_task):
     task = load_task(tiny_task)
     expected = tokenize_task(task, load_tiny("llama").tokenizer, 3, 2048)
-    assert tokenize_with_gguf(task, tiny_gguf, 3, 2048) == expected and len(expected) == 3
+    assert tokenize_task(task, gguf_tokenizer(tiny_gguf), 3, 2048) == expected and len(expected) == 3
 
 
-def test_a_gguf_without_a_tokenizer_is_one_sentence(tmp_path, tiny_task):
+def test_a_gguf_without_a_tokenizer_is_one_sentence(tmp_path):
     import gguf
 
     writer = gguf.GGUFWriter(tmp_path / "none.gguf", "llama")
@@ -275,4 +275,4 @@ def test_a_gguf_without_a_tokenizer_is_one_sentence(tmp_path, tiny_task):
     writer.write_tensors_to_file()
     writer.close()
     with pytest.raises(TacqError, match="transformers cannot read the tokenizer of .*none.gguf .*; compare on plain text with --text."):
-        tokenize_with_gguf(load_task(tiny_task), tmp_path / "none.gguf", 3, 100)
+        gguf_tokenizer(tmp_path / "none.gguf")
