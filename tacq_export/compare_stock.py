@@ -96,7 +96,7 @@ def compare_stock(config: CompareConfig, reporter: Reporter) -> list[Row]:
     tokenizer = gguf_tokenizer(reference)
     files = [export_default(config, reporter)] if config.files is None else list(config.files)
     imatrix = work / "task.imatrix.gguf"
-    if not imatrix.is_file():
+    if not imatrix.is_file() and (config.types is None or config.types or config.emulate):
         rendered = "\n".join(render_example(example, tokenizer) for example in calibration.examples[: config.n_samples])
         make_imatrix(reference, rendered, imatrix, config.threads, reporter)
 

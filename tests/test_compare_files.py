@@ -142,6 +142,12 @@ def test_a_real_score_of_random_weights(config, task):
         assert [[m["role"] for m in answer["messages"]] for answer in answers] == [["user", "assistant"]] * 2, "can be a task file"
 
 
+def test_an_imatrix_is_made_only_for_stock_types(config, compared, tmp_path, monkeypatch):
+    monkeypatch.setattr(tacq_export.compare_stock, "make_imatrix", lambda *_: pytest.fail("nothing needs it"))
+    rows = compare_stock(replace(config, workdir=tmp_path / "work", types=(), text=None), Reporter())
+    assert [row.kl for row in rows] == [row.kl for row in compared[:2]]
+
+
 def test_sizes_are_known_before_quantizing(config, compared, tmp_path):
     reference, imatrix = config.workdir / "reference-f16.gguf", config.workdir / "task.imatrix.gguf"
     for name in ("Q2_K", "IQ4_XS", "Q4_K_M", "Q5_1"):
