@@ -179,13 +179,9 @@ def run_verify(argv: list[str], prog: str) -> None:
 
         shown = lambda done, total: reporter.progress(done, total, "measuring")  # noqa: E731
         if args.task:
-            from .load_task import gguf_tokenizer, load_task, tokenize_answers, tokenize_task
+            from .load_task import gguf_tokenizer, load_task, tokenize_for_loss
 
-            task, tokenizer, begins = load_task(Path(args.task)), gguf_tokenizer(args.against), None
-            if args.loss == "answer":
-                texts, begins = tokenize_answers(task, tokenizer, args.n_samples, 2048)
-            else:
-                texts = tokenize_task(task, tokenizer, args.n_samples, 2048)
+            texts, begins = tokenize_for_loss(args.loss, load_task(Path(args.task)), gguf_tokenizer(args.against), args.n_samples, 2048)
             quality = compare_models(args.against, args.file, texts, args.threads, shown, begins=begins)
         else:
             from .load_task import read_text

@@ -273,6 +273,16 @@ def tokenize_answers(task: Task, tokenizer: PreTrainedTokenizerBase, n_samples: 
     return texts, begins
 
 
+def tokenize_for_loss(loss: str, task: Task, tokenizer: PreTrainedTokenizerBase, n_samples: int, seq_len: int) -> tuple[list[list[int]], list[int] | None]:
+    """Texts, and of each the first token whose loss counts: None (all count) for the loss "text", where the answers begin for "answer".
+
+    Raises TacqError as `tokenize_task` and `tokenize_answers` do.
+    """
+    if loss == "answer":
+        return tokenize_answers(task, tokenizer, n_samples, seq_len)
+    return tokenize_task(task, tokenizer, n_samples, seq_len), None
+
+
 def gguf_tokenizer(gguf_path: Path | str) -> PreTrainedTokenizerBase:
     """The tokenizer and chat template that a GGUF holds. Raises TacqError if transformers cannot read it."""
     from transformers import AutoTokenizer

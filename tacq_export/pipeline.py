@@ -15,7 +15,7 @@ from .calibrate import Calibration, calibrate, disk_bytes
 from .config import ExportConfig, parse_size
 from .errors import TacqError
 from .load_model import LinkedTensor, LoadedModel, load_model
-from .load_task import load_task, tokenize_answers, tokenize_task
+from .load_task import load_task, tokenize_for_loss
 from .pack_tensor import unpack_tensor
 from .plan_types import fixed_types, plan_types, predicted_loss
 from .quantize_model import gptq_error, head_tensor, quantize_embedding, quantize_matrices, rounding_error
@@ -65,9 +65,7 @@ def export(config: ExportConfig, reporter: Reporter | None = None) -> ExportResu
     work = WorkDir.open(config)
     try:
         loaded = load_model(config.model, work.path, config.device, reporter)
-        texts, begins = tokenize_task(task, loaded.tokenizer, config.n_samples, config.seq_len), None
-        if config.loss == "answer":
-            texts, begins = tokenize_answers(task, loaded.tokenizer, config.n_samples, config.seq_len)
+        texts, begins = tokenize_for_loss(config.loss, task, loaded.tokenizer, config.n_samples, config.seq_len)
         fixed, head = fixed_types(loaded, config), head_tensor(loaded)
         reporter.say(describe(loaded, texts, task.name, fixed, config))
     finally:
