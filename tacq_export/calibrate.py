@@ -17,7 +17,7 @@ better than both that and equal weights (tools/LOG.md).
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -135,37 +135,35 @@ def calibrate(
         del found
     groups = group_by_input(loaded.model, [*loaded.linear, head], texts[0])
     calibration = Calibration(folder, groups, sum(map(len, texts)))
-    measure_groups(loaded, calibration, texts, weighted, bf16, reporter)
+    if missing := [k for k in range(len(groups)) if not calibration.losses_file(k).is_file()]:
+        reporter.progress(0, len(missing), "Hessians")
+        for done, _ in enumerate(measure_groups(loaded, calibration, missing, texts, weighted, bf16), 1):
+            reporter.progress(done, len(missing), "Hessians")
     return calibration
 
 
-def measure_groups(loaded: LoadedModel, calibration: Calibration, texts: Sequence[Sequence[int]], weighted: bool, bf16: bool, reporter: Reporter) -> None:
-    """Hessian, inverse diagonal and predicted losses of every group that has none, block by block; the head comes last."""
-    groups = calibration.groups
-    missing = [k for k in range(len(groups)) if not calibration.losses_file(k).is_file()]
-    if not missing:
-        return
-    blocks = blocks_of(loaded)
-    in_blocks = {t.name for _, tensors in blocks for t in tensors}
-    total, done = len(missing), 0
-    reporter.progress(0, total, "Hessians")
+def measure_groups(
+    loaded: LoadedModel, calibration: Calibration, missing: Sequence[int], texts: Sequence[Sequence[int]], weighted: bool, bf16: bool
+) -> Iterator[int]:  # fmt: skip
+    """Hessian, inverse diagonal and predicted losses of the `missing` groups, block by block; the head comes last. Yields each when it is on disk."""
+    groups, blocks = calibration.groups, blocks_of(loaded)
     walk = BlockWalk(loaded, [block for block, _ in blocks], texts, bf16)
-    for block, tensors in blocks:
+    left = set(missing)
+    for _, tensors in blocks:
         inside = {t.name for t in tensors}
         of_block = [k for k in missing if groups[k][0].name in inside]
-        walk.enter(block, [groups[k][0].module for k in of_block])
+        walk.enter([groups[k][0].module for k in of_block])
         for k in of_block:
             measure_group(calibration, k, walk.inputs(groups[k][0].module), weighted)
-            done += 1
-            reporter.progress(done, total, "Hessians")
+            yield k
         walk.leave()
-    others = [k for k in missing if groups[k][0].name not in in_blocks]
+        left -= set(of_block)
+    others = sorted(left)
     with walk.passed():
         inputs = collect_inputs(loaded.model, [groups[k][0].module for k in others], texts) if others else []
     for k, of_group in zip(others, inputs, strict=True):
         measure_group(calibration, k, of_group, weighted)
-        done += 1
-        reporter.progress(done, total, "Hessians")
+        yield k
 
 
 def measure_group(calibration: Calibration, k: int, inputs: Sequence[torch.Tensor], weighted: bool) -> None:

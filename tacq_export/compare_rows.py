@@ -110,7 +110,10 @@ class Measurements:
         """The result of these settings: found, or measured now and kept."""
         if (found := self.find(decides)) is not None:
             return found
-        result = measure()
+        return self.put(decides, measure())
+
+    def put(self, decides: dict, result: dict) -> dict:
+        """Keep `result`, in place of what there was."""
         with locked(self.path.with_suffix(".lock"), lambda _: None):
             results = self._load() | {_key(decides): result}
             with written_atomically(self.path) as partial:

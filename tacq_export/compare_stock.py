@@ -22,7 +22,7 @@ from .emulate_stock import emulated_size, emulated_types, named, write_emulated
 from .errors import TacqError
 from .inspect_gguf import inspect_gguf
 from .load_model import make_reference
-from .load_task import SCHEMAS, Task, gguf_tokenizer, load_task, read_text, render_example, tokenize_task
+from .load_task import SCHEMAS, Example, Task, gguf_tokenizer, load_task, read_text, render_example, tokenize_task
 from .reporting import Reporter
 from .runtime import runtime_path
 from .runtime_source import file_sha256
@@ -44,11 +44,11 @@ class Scoring:
     n: int
 
     def decides(self) -> dict:
-        """What a score depends on, besides the file."""
+        """What an answer's score depends on, besides the file; so not `n`."""
         schemas = self.examples.parent / SCHEMAS
         files = {"examples": self.examples} | ({"schemas": schemas} if self.task == "spider" and schemas.is_file() else {})
         limit = GSM8K_TOKENS if self.task == "gsm8k" else SPIDER_TOKENS
-        return {"score": self.task, "n": self.n, "n_predict": limit} | {key: file_sha256(path)[:16] for key, path in files.items()}
+        return {"score": self.task, "n_predict": limit} | {key: file_sha256(path)[:16] for key, path in files.items()}
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,7 @@ class _Bench:
         self.facts = lru_cache(maxsize=None)(inspect_gguf)
         self._ref_ppl: float | None = None
         self._ref_text_ppl: float | None = None
-        self._ref_hits: dict[str, str] = {}
+        self._ref_scored: dict[str, TaskScore] = {}
         self._ref_scores = self.scores({"file": self.kept.sha(reference)}, lambda: reference, "reference, F16")
 
     def row(self, file: Path, name: str, kind: str, fell_back: dict[str, int] | None = None) -> Row:
@@ -255,37 +255,50 @@ class _Bench:
         return result | self.scores(which, file, name)
 
     def scores(self, which: dict, file, name: str) -> dict:
-        """Scores of the task itself, as fields of a Row."""
+        """Scores of the task itself, as fields of a Row. Only examples that were not asked before are."""
         result: dict = {}
         for scoring in self.config.scoring:
-            answers = self.config.workdir / f"answers-{scoring.task}-{re.sub(r'[^a-z0-9._-]+', '-', name.lower())}.jsonl"
-            found = self.kept.get(which | scoring.decides(), lambda s=scoring, a=answers: score_file(s, file(), a, self.tokenizer, self.config.threads, self.reporter, name))
-            result[scoring.task] = found["accuracy"]
-            result.setdefault("intervals", {})[scoring.task] = [found["n"], found["low"], found["high"]]
-            result.setdefault("cut", {})[scoring.task] = found["cut"]
-            against = self._ref_hits.setdefault(scoring.task, found["hits"])  # the reference is scored first
-            if "1" in against:
-                kept = retention(*(TaskScore(tuple(hit == "1" for hit in hits)) for hits in (found["hits"], against)))
+            examples = load_task(scoring.examples).examples[: scoring.n]
+            key, n = which | scoring.decides(), len(examples)
+            found = self.kept.find(key) or {"hits": "", "cuts": ""}
+            if (first := len(found["hits"])) < n:
+                answers = self.config.workdir / f"answers-{scoring.task}-{re.sub(r'[^a-z0-9._-]+', '-', name.lower())}.jsonl"
+                more = score_file(scoring, file(), first, n - first, self.tokenizer, self.config.threads, self.reporter, name)
+                write_answers(answers, examples[first:], more, first)
+                found = self.kept.put(key, {"hits": found["hits"] + _digits(more.hits), "cuts": found["cuts"] + _digits(more.cuts)})
+            score = TaskScore(_flags(found["hits"][:n]), cuts=_flags(found["cuts"][:n]))
+            result[scoring.task] = score.accuracy
+            result.setdefault("intervals", {})[scoring.task] = [score.n, score.low, score.high]
+            result.setdefault("cut", {})[scoring.task] = score.cut
+            against = self._ref_scored.setdefault(scoring.task, score)  # the reference is scored first
+            if against.correct:
+                kept = retention(score, against)
                 result.setdefault("retention", {})[scoring.task] = [kept.ratio, kept.low, kept.high]
         return result
 
 
-def score_file(scoring: Scoring, file: Path, answers: Path, tokenizer, threads: int | None, reporter: Reporter, name: str) -> dict:
-    """{"n", "correct", "accuracy", "low", "high", "cut"} of one file, and "hits": "1" or "0" for each example.
+def _digits(flags: Sequence[bool]) -> str:
+    return "".join("01"[flag] for flag in flags)
 
-    What the file answered goes into `answers`, to be read: a task file, with "right" in each row.
-    """
+
+def _flags(digits: str) -> tuple[bool, ...]:
+    return tuple(digit == "1" for digit in digits)
+
+
+def score_file(scoring: Scoring, file: Path, first: int, n: int, tokenizer, threads: int | None, reporter: Reporter, name: str) -> TaskScore:
+    """The score of one file on n examples, from number `first` on."""
     shown = lambda done, total: reporter.progress(done, total, f"{scoring.task} of {name}")  # noqa: E731
     if scoring.task == "gsm8k":
-        score = score_gsm8k(file, scoring.examples, scoring.n, tokenizer, threads, progress=shown)
-    else:
-        score = score_spider(file, scoring.examples, None, scoring.n, tokenizer, threads, progress=shown)
-    asked = load_task(scoring.examples).examples[: scoring.n]
+        return score_gsm8k(file, scoring.examples, n, tokenizer, threads, progress=shown, first=first)
+    return score_spider(file, scoring.examples, None, n, tokenizer, threads, progress=shown, first=first)
+
+
+def write_answers(path: Path, examples: Sequence[Example], score: TaskScore, first: int) -> None:
+    """What a file answered, to be read: a task file, with "right" in each row. Behind what is there, but for first = 0."""
     rows = [
         {"messages": [*example.messages[:-1], {"role": "assistant", "content": answer}], "right": hit}
-        for example, answer, hit in zip(asked, score.answers, score.hits, strict=True)
+        for example, answer, hit in zip(examples, score.answers, score.hits, strict=True)
     ]
-    with written_atomically(answers) as partial:
-        partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    hits = "".join("01"[hit] for hit in score.hits)
-    return {"n": score.n, "correct": score.correct, "accuracy": score.accuracy, "low": score.low, "high": score.high, "cut": score.cut, "hits": hits}
+    before = path.read_text(encoding="utf-8") if first and path.is_file() else ""
+    with written_atomically(path) as partial:
+        partial.write_text(before + "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")

@@ -49,7 +49,7 @@ class QuantizedWalk(BlockWalk):
         super().__init__(loaded, blocks, texts, bf16)
         self._quantized = list(self._states)  # hidden states of each text, where the blocks before are quantized
 
-    def see(self, block: torch.nn.Module, tensors: Sequence[LinkedTensor], weights: torch.Tensor | None) -> Seen:
+    def see(self, tensors: Sequence[LinkedTensor], weights: torch.Tensor | None) -> Seen:
         """What matrices with the same input see; the first one's module was named to `enter`. weights: float32 [tokens of all texts], or None for 1."""
         module, stacked = tensors[0].module, torch.cat([t.weight for t in tensors])
         rows, columns = stacked.shape
@@ -70,7 +70,7 @@ class QuantizedWalk(BlockWalk):
         with hooked([(module, hook)]):
             for text, states in enumerate(self._quantized):
                 try:
-                    self._run(block, states, text)
+                    self._run(states, text)
                 except Done:
                     pass
                 first += len(self.inputs(module)[text])
@@ -79,8 +79,7 @@ class QuantizedWalk(BlockWalk):
 
     def leave(self) -> None:
         """Run the block with its new weights, and go on to the next one."""
-        block = self._blocks[self._at]
-        self._quantized = [self._run(block, states, i) for i, states in enumerate(self._quantized)]
+        self._quantized = [self._run(states, i) for i, states in enumerate(self._quantized)]
         super().leave()
 
 
@@ -102,13 +101,13 @@ def quantize_in_order(
     blocks = blocks_of(loaded)
     walk = QuantizedWalk(loaded, [block for block, _ in blocks], texts, config.precision == "bf16")
     total, done = sum(1 for t in loaded.linear if wanted(t)), 0
-    for block, tensors in blocks:
+    for _, tensors in blocks:
         inside = {t.name for t in tensors}
         of_block = [(k, group, [t for t in group if wanted(t)]) for k, group in groups if group[0].name in inside]
-        walk.enter(block, [chosen[0].module for _, _, chosen in of_block if chosen])
+        walk.enter([chosen[0].module for _, _, chosen in of_block if chosen])
         for k, group, chosen in of_block:
             if chosen:
-                seen = walk.see(block, chosen, calibration.token_weights(k) if config.hessian == "gradient" else None)
+                seen = walk.see(chosen, calibration.token_weights(k) if config.hessian == "gradient" else None)
                 upper = inverse_hessian_cholesky(seen.hessian, config.damping, group[0].name)
             for tensor in chosen:
                 visit(tensor, seen.hessian, upper, seen.target(tensor, upper))

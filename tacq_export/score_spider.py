@@ -310,15 +310,16 @@ def score_spider(
     parallel: int = 8,
     progress: Callable[[int, int], None] | None = None,
     backend: str = "cpu",
+    first: int = 0,
 ) -> TaskScore:
-    """Execution match of the first n text-to-SQL rows: the prompt is the user turn that calibration has, greedy.
+    """Execution match of n text-to-SQL rows, from number `first` on: the prompt is the user turn that calibration has, greedy.
 
     schemas_path: {db_id: CREATE TABLE text}; None: schemas.json beside eval_path. tokenizer: that of the reference.
     Raises TacqError for a malformed file or a gold query that does not run, and as `generate` does.
     """
     path = Path(eval_path)
     schemas = Path(schemas_path) if schemas_path else path.parent / SCHEMAS
-    questions = [sql_question(row, schemas, fail) for row, fail in islice(json_rows(path, read_text(path)), n)]
+    questions = [sql_question(row, schemas, fail) for row, fail in islice(json_rows(path, read_text(path)), first, first + n)]
 
     def right(i: int, answer: str) -> bool:
         fillings = choose_fillings(questions[i].schema, questions[i].query)

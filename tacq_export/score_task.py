@@ -32,11 +32,11 @@ _NUMBER = re.compile(r"(?<![\w.)\]])[-\u2212]?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)|\d
 
 @dataclass(frozen=True)
 class TaskScore:
-    """hits[i]: example i was answered rightly; answers[i]: what the model wrote; cut: answers that ended at the token limit."""
+    """hits[i]: example i was answered rightly; answers[i]: what the model wrote; cuts[i]: it ended at the token limit."""
 
     hits: tuple[bool, ...]
     answers: tuple[str, ...] = ()
-    cut: int = 0
+    cuts: tuple[bool, ...] = ()
 
     @property
     def n(self) -> int:
@@ -45,6 +45,10 @@ class TaskScore:
     @property
     def correct(self) -> int:
         return sum(self.hits)
+
+    @property
+    def cut(self) -> int:
+        return sum(self.cuts)
 
     @property
     def accuracy(self) -> float:
@@ -143,7 +147,7 @@ def score_answers(
     prompts = [prompt_tokens(example, tokenizer) for example in examples]
     answers = generate(file, prompts, n_predict, threads, parallel, stop, progress, backend)
     hits = tuple(right(i, text) for i, (_, text) in enumerate(answers))
-    return TaskScore(hits, tuple(text for _, text in answers), sum(len(tokens) >= n_predict for tokens, _ in answers))
+    return TaskScore(hits, tuple(text for _, text in answers), tuple(len(tokens) >= n_predict for tokens, _ in answers))
 
 
 def score_gsm8k(
@@ -156,8 +160,9 @@ def score_gsm8k(
     parallel: int = 8,
     progress: Callable[[int, int], None] | None = None,
     backend: str = "cpu",
+    first: int = 0,
 ) -> TaskScore:
-    """GSM8K's exact answer (arXiv 2110.14168): the share of the first n questions whose final number is the gold one.
+    """GSM8K's exact answer (arXiv 2110.14168): the share of n questions, from number `first` on, whose final number is the gold one.
 
     The prompt is the question in the model's chat template, no examples, as in calibration; greedy, n_predict tokens at most.
     tokenizer: that of the reference (load_task.gguf_tokenizer). Raises TacqError for a malformed file or a row without
@@ -165,7 +170,7 @@ def score_gsm8k(
     """
     path = Path(examples_path)
     examples, gold = [], []
-    for row, fail in islice(json_rows(path, read_text(path)), n):
+    for row, fail in islice(json_rows(path, read_text(path)), first, first + n):
         number = final_number(row["answer"]) if isinstance(row.get("answer"), str) and "####" in row["answer"] else None
         if number is None:
             raise fail('the "answer" has no "#### number" at its end, which GSM8K\'s score compares with')

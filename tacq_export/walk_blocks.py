@@ -33,8 +33,8 @@ def blocks_of(loaded: LoadedModel) -> list[tuple[torch.nn.Module, list[LinkedTen
 class BlockWalk:
     """Runs the texts through a model block by block.
 
-    blocks: all blocks, in order; bf16: matrix products in bfloat16. `enter` runs a block and catches what its matrices are called with; `leave`
-    goes on to the next one. Matrices may get other weights in between: what follows is the model as it was all the same.
+    blocks: all blocks, in order; bf16: matrix products in bfloat16. `enter` runs the next block and catches what its matrices are called with; `leave`
+    goes on behind it. Matrices may get other weights in between: what follows is the model as it was all the same.
     """
 
     def __init__(self, loaded: LoadedModel, blocks: Sequence[torch.nn.Module], texts: Sequence[Sequence[int]], bf16: bool):
@@ -86,24 +86,24 @@ class BlockWalk:
         return torch.autocast(self._model.device.type, torch.bfloat16, enabled=self._bf16)
 
     @torch.no_grad()
-    def _run(self, block: torch.nn.Module, states: torch.Tensor, text: int) -> torch.Tensor:
+    def _run(self, states: torch.Tensor, text: int) -> torch.Tensor:
         args, kwargs = self._arguments[text][self._at]
         with self._precision():
-            out = block(states, *args, **kwargs)
+            out = self._blocks[self._at](states, *args, **kwargs)
         return out[0] if isinstance(out, tuple) else out
 
-    def enter(self, block: torch.nn.Module, modules: Sequence[torch.nn.Module]) -> None:
-        """Run the block, before any of its matrices is changed. modules: those whose `inputs` will be asked for, each in it."""
+    def enter(self, modules: Sequence[torch.nn.Module]) -> None:
+        """Run the next block, before any of its matrices is changed. modules: those whose `inputs` will be asked for, each in it."""
         self._inputs = {id(module): [] for module in modules}
         with hooked((module, lambda module, args: self._inputs[id(module)].append(input_rows(args))) for module in modules):
-            self._ahead = [self._run(block, states, i) for i, states in enumerate(self._states)]
+            self._ahead = [self._run(states, i) for i, states in enumerate(self._states)]
 
     def inputs(self, module: torch.nn.Module) -> list[torch.Tensor]:
         """Of each text, float32 [tokens, columns]."""
         return self._inputs[id(module)]
 
     def leave(self) -> None:
-        """Go on to the next block."""
+        """Go on behind the block."""
         self._states, self._ahead, self._inputs = self._ahead, [], {}
         self._at += 1
 

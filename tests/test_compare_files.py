@@ -20,6 +20,7 @@ from tacq_export.errors import TacqError
 from tacq_export.inspect_gguf import inspect_gguf
 from tacq_export.pipeline import export
 from tacq_export.reporting import Reporter
+from tacq_export.score_task import TaskScore, wilson
 
 KEYS = ["name", "file_bytes", "bpw_linear", "kl", "ppl", "top1", "gsm8k", "spider", "wikitext2_ppl"]
 
@@ -116,19 +117,31 @@ def test_an_interrupted_comparison_keeps_what_was_measured(config, tmp_path, mon
     assert seen == ["small.gguf", "q4_0-tacq4-tacq4.gguf", "q4_0-tacq4-tacq4.gguf"]
 
 
-def test_scores_of_the_task_and_what_is_retained(config, compared, task, monkeypatch):
-    right = {"reference-f16.gguf": "1110", "small.gguf": "0110"}
+def test_scores_of_the_task_and_what_is_retained(config, compared, tmp_path, monkeypatch):
+    """And of more questions: only those are asked that were not, whose answers come behind the others'."""
+    task = tmp_path / "sums.jsonl"
+    task.write_text("".join(f'{{"question": "q{i}", "answer": "#### {i}"}}\n' for i in range(5)))
+    right, asked = {"reference-f16.gguf": "11101", "small.gguf": "01101"}, []
 
-    def score(scoring, file, *_):
-        hits = right.get(file.name, "0000")
-        return {"n": 4, "correct": hits.count("1"), "accuracy": hits.count("1") / 4, "low": 0.1, "high": 0.9, "cut": hits.count("0"), "hits": hits}
+    def score(scoring, file, first, n, *_):
+        asked.append((file.name, first, n))
+        hits = tuple(digit == "1" for digit in right.get(file.name, "00000")[first : first + n])
+        return TaskScore(hits, tuple(f"answer {i}" for i in range(first, first + n)), tuple(not hit for hit in hits))
 
     monkeypatch.setattr(tacq_export.compare_stock, "score_file", score)
     rows = compare_stock(replace(config, scoring=[Scoring("gsm8k", task, 4)]), Reporter())
-    assert [row.gsm8k for row in rows] == [0.75, 0.5, 0, 0] and rows[1].intervals == {"gsm8k": [4, 0.1, 0.9]}
+    assert [row.gsm8k for row in rows] == [0.75, 0.5, 0, 0] and rows[1].intervals == {"gsm8k": [4, *wilson(2, 4)]}
     assert rows[1].retention["gsm8k"][0] == pytest.approx(2 / 3) and rows[0].retention["gsm8k"] == [1, 1, 1]
     assert [row.kl for row in rows] == [row.kl for row in compared]
     assert rows[1].cut == {"gsm8k": 2} and "; 2 answers of gsm8k cut off)" in "\n".join(table(rows))
+    asked.clear()
+    ours = compare_stock(replace(config, types=(), scoring=[Scoring("gsm8k", task, 9)]), Reporter())[1]
+    assert asked == [("reference-f16.gguf", 4, 1), ("small.gguf", 4, 1)], "the file has five questions"
+    assert ours.gsm8k == 0.6 and ours.cut == {"gsm8k": 2} and ours.retention["gsm8k"][0] == 0.75
+    answers = [json.loads(line) for line in (config.workdir / "answers-gsm8k-small.jsonl").read_text().splitlines()]
+    assert [(answer["messages"][-1]["content"], answer["right"]) for answer in answers] == [(f"answer {i}", "01101"[i] == "1") for i in range(5)]
+    asked.clear()
+    assert compare_stock(replace(config, types=(), scoring=[Scoring("gsm8k", task, 3)]), Reporter())[1].gsm8k == 2 / 3 and not asked
 
 
 def test_a_real_score_of_random_weights(config, task):

@@ -63,11 +63,11 @@ def test_what_a_matrix_sees(load_tiny, architecture):
     walk = QuantizedWalk(loaded, [block for block, _ in blocks], TEXTS, bf16=False)
     new = {t.name: t.weight + 0.1 * t.weight.std() * torch.randn(t.shape, generator=generator) for t in loaded.linear}
     weights = some_weights()
-    for block, tensors in blocks:
+    for _, tensors in blocks:
         order = [next(t for t in tensors if t.name.split(".")[2] == part) for part in ("attn_q", "attn_output", "ffn_up", "ffn_down")]
-        walk.enter(block, [_siblings(tensors, t)[0].module for t in order])
+        walk.enter([_siblings(tensors, t)[0].module for t in order])
         for tensor in order:
-            seen = walk.see(block, _siblings(tensors, tensor), weights)
+            seen = walk.see(_siblings(tensors, tensor), weights)
             x, z = inputs(load_tiny(architecture).model, tensor.module_name), inputs(changed.model, tensor.module_name)
             h, c = np.einsum("t,ti,tj->ij", weights, z, z), np.einsum("t,ti,tj->ij", weights, x - z, z)
             np.testing.assert_allclose(seen.hessian.numpy(), h, atol=1e-4 * np.abs(h).max())

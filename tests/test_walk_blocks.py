@@ -30,8 +30,8 @@ def test_matrices_get_what_they_get_in_the_whole_model(load_tiny, architecture, 
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         expected = dict(zip([t.name for t in [*loaded.linear, head]], collect_inputs(loaded.model, [t.module for t in [*loaded.linear, head]], TEXTS), strict=True))
     walk, seen = walk_of(loaded, bf16), 0
-    for block, tensors in blocks_of(loaded):
-        walk.enter(block, [t.module for t in tensors])
+    for _, tensors in blocks_of(loaded):
+        walk.enter([t.module for t in tensors])
         for tensor in tensors:
             assert same(walk.inputs(tensor.module), expected[tensor.name]), tensor.name
             seen += 1
@@ -49,10 +49,10 @@ def test_matrices_get_what_they_get_in_the_whole_model(load_tiny, architecture, 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_model_is_left_as_it_was_when_a_block_fails(load_tiny, architecture):
     loaded = load_tiny(architecture)
-    walk, (block, tensors) = walk_of(loaded), blocks_of(loaded)[0]
+    walk, (_, tensors) = walk_of(loaded), blocks_of(loaded)[0]
     handle = tensors[-1].module.register_forward_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        walk.enter(block, [t.module for t in tensors])
+        walk.enter([t.module for t in tensors])
     handle.remove()
     with pytest.raises(KeyboardInterrupt), walk.passed():
         raise KeyboardInterrupt

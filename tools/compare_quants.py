@@ -4,7 +4,7 @@
     compare_quants.py smollm2-135m --target-bpw 2.5 3 3.5 --n-gsm8k 100 --data FOLDER -- --refine-sweeps 5
 
 Everything is kept in the work folder as soon as it is done: the same command goes on where it was interrupted, and one that
-asks for more sizes, types or scores makes only those. What follows -- goes to each export.
+asks for more sizes, types, scores or questions makes only those. What follows -- goes to each export.
 """
 
 from __future__ import annotations
