@@ -1,4 +1,4 @@
-"""load -> calibrate -> score -> select -> quantize -> pack -> write -> verify: the whole way of an export on one screen."""
+"""load -> calibrate -> score -> select -> quantize -> pack (-> tune) -> write -> verify: the whole way of an export on one screen."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ from .runtime_source import need_space
 from .score_weights import NEEDS_REFERENCE
 from .select_weights import TensorSelection
 from .tensor_types import FORMAT_VERSION, TYPES_BY_ID, TYPES_BY_NAME, TensorType
+from .tune_vectors import check_tunable, save_head_inputs, tune_vectors
 from .workdir import WorkDir
-from .write_gguf import PlannedTensor, copied, encoded, numpy_shape, open_gguf, our_type, raw_bytes, write_gguf
+from .write_gguf import PlannedTensor, copied, encoded, numpy_shape, open_gguf, raw_bytes, type_named, write_gguf
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,8 @@ def export(config: ExportConfig, reporter: Reporter | None = None) -> ExportResu
         loaded = load_model(config.model, work.path, config.device, reporter)
         texts, begins = tokenize_for_loss(config.loss, task, loaded.tokenizer, config.n_samples, config.seq_len)
         fixed, head = fixed_types(loaded, config), head_tensor(loaded)
+        if config.tune:
+            check_tunable(loaded, texts)
         reporter.say(describe(loaded, texts, task.name, fixed, config))
     finally:
         if config.dry_run:
@@ -76,14 +79,19 @@ def export(config: ExportConfig, reporter: Reporter | None = None) -> ExportResu
     need_space(config.outfile.parent, 1.1e-9 * upper_bound_bytes(loaded), "the output", "give --outfile on a larger disk")
     need_space(work.calibration, 1e-9 * disk_bytes(loaded, head, work.calibration), "the calibration", "give --workdir on a larger disk")
 
-    calibration = calibrate(loaded, head, texts, config.gradient_power, config.hessian == "gradient", config.precision == "bf16", work.calibration, reporter, begins)
+    bf16, head_inputs = config.precision == "bf16", work.calibration / "head_inputs.safetensors"
+    calibration = calibrate(loaded, head, texts, config.gradient_power, config.hessian == "gradient", bf16, work.calibration, reporter, begins)
     selection = work.load_selection()
     if selection is None:
         error = reference_error(loaded.linear, calibration, config, reporter)
         selection = plan_types(loaded, calibration, texts, head, fixed, config, error, reporter)
         work.save_selection(selection)
+    if config.tune:
+        save_head_inputs(loaded, texts, bf16, head_inputs, reporter)
     quantize_matrices(loaded, calibration, texts, selection, config, work, reporter)
     quantize_embedding(loaded, selection, work, reporter)
+    if config.tune:
+        tune_vectors(loaded, texts, begins, head_inputs, fixed, bf16, config.seed, work, reporter)
     keys = metadata(config, task.name, selection, len(texts), loaded)
     write_gguf(config.outfile, loaded.reference, planned_tensors(loaded, fixed, work), keys, reporter)
     check_written(config.outfile, work)
@@ -160,7 +168,7 @@ def planned_tensors(loaded: LoadedModel, fixed: dict[str, str], work: WorkDir) -
     planned = []
     for tensor in loaded.reference.tensors:
         if work.has_tensor(tensor.name):
-            kind = our_type(work.load_facts(tensor.name)["type"])
+            kind = type_named(work.load_facts(tensor.name)["type"])
             planned.append(PlannedTensor(tensor.name, numpy_shape(tensor), kind, lambda name=tensor.name: work.load_tensor(name)))
         else:
             planned.append(encoded(tensor, fixed[tensor.name]) if tensor.name in fixed else copied(tensor))

@@ -4,7 +4,7 @@
     reference-f16.gguf    the model before quantization (load_model.py)
     calibration/          gradients and Hessians (calibrate.py), and calibration.json: what they are of
     selection.pt          type and kept weights of every tensor
-    tensors/NAME.bin      bytes of a finished tensor, with its error and count in NAME.json
+    tensors/NAME.bin      bytes of a finished tensor, with its type, and its error and count, in NAME.json
 """
 
 from __future__ import annotations

@@ -200,10 +200,11 @@ def dequantize_gguf(source: Path | str, outfile: Path, type_name: str, reporter:
 
 def type_bytes(shape: tuple[int, ...], name: str) -> int:
     """Bytes of a tensor of that shape in one of our types or a stock one."""
-    return _bytes(shape, our_type(name) if name.upper() in TYPES_BY_NAME else gguf.GGMLQuantizationType[name.upper()])
+    return _bytes(shape, type_named(name))
 
 
-def our_type(name: str) -> gguf.GGMLQuantizationType:
-    """gguf-py's enum member of one of our types."""
+def type_named(name: str) -> gguf.GGMLQuantizationType:
+    """gguf-py's enum member of one of our types or a stock one."""
     register_with_gguf()
-    return gguf.GGMLQuantizationType(TYPES_BY_NAME[name.upper()].id)
+    ours = TYPES_BY_NAME.get(name.upper())
+    return gguf.GGMLQuantizationType(ours.id) if ours else gguf.GGMLQuantizationType[name.upper()]
