@@ -27,6 +27,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from .collect_inputs import collect_inputs, group_by_input, second_moment
+from .config import ExportConfig
 from .errors import TacqError
 from .load_model import LinkedTensor, LoadedModel
 from .predict_loss import SAMPLE_DAMPING, kept_shares, predict_losses
@@ -117,20 +118,19 @@ def _read(path: Path, key: str) -> torch.Tensor:
 
 
 def calibrate(
-    loaded: LoadedModel, head: LinkedTensor, texts: Sequence[Sequence[int]], power: int, weighted: bool, bf16: bool, folder: Path, reporter: Reporter,
-    begins: Sequence[int] | None = None,
+    loaded: LoadedModel, head: LinkedTensor, texts: Sequence[Sequence[int]], begins: Sequence[int] | None, config: ExportConfig, folder: Path, reporter: Reporter
 ) -> Calibration:  # fmt: skip
-    """Gather what `folder` does not have yet, for the matrices of the blocks and the `head`.
+    """Gather what `folder` does not have yet, for the matrices of the blocks and the `head`, as `config` says.
 
-    begins: of each text the first token whose loss counts, None for all; power: of the gradient sums, 1 or 2; weighted: False counts all tokens alike; bf16: matrix products of the model
-    in bfloat16. Raises TacqError when a loss is not finite.
+    begins: of each text the first token whose loss counts, None for all. Raises TacqError when a loss is not finite.
     """
+    bf16 = config.precision == "bf16"
     (folder / "hessians").mkdir(parents=True, exist_ok=True)
     gradients = folder / "gradients.safetensors"
     if not gradients.is_file():
         modules = {t.name: t.module for t in loaded.linear}
         outputs_only = {head.name: head.module, EMBEDDING_OUTPUT: loaded.embedding.module}
-        found = accumulate_gradients(loaded.model, modules, texts, power, reporter, outputs_only, bf16, begins)
+        found = accumulate_gradients(loaded.model, modules, texts, config.gradient_power, reporter, outputs_only, bf16, begins)
         with written_atomically(gradients) as partial:
             save_file({name: tensor.cpu().contiguous() for name, tensor in found.items()}, partial)
         del found
@@ -138,7 +138,7 @@ def calibrate(
     calibration = Calibration(folder, groups, sum(map(len, texts)))
     if missing := [k for k in range(len(groups)) if not calibration.losses_file(k).is_file()]:
         reporter.progress(0, len(missing), "Hessians")
-        for done, _ in enumerate(measure_groups(loaded, calibration, missing, texts, weighted, bf16), 1):
+        for done, _ in enumerate(measure_groups(loaded, calibration, missing, texts, config.hessian == "gradient", bf16), 1):
             reporter.progress(done, len(missing), "Hessians")
     return calibration
 

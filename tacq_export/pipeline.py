@@ -79,13 +79,13 @@ def export(config: ExportConfig, reporter: Reporter | None = None) -> ExportResu
     need_space(config.outfile.parent, 1.1e-9 * upper_bound_bytes(loaded), "the output", "give --outfile on a larger disk")
     need_space(work.calibration, 1e-9 * disk_bytes(loaded, head, work.calibration), "the calibration", "give --workdir on a larger disk")
 
-    bf16, head_inputs = config.precision == "bf16", work.calibration / "head_inputs.safetensors"
-    calibration = calibrate(loaded, head, texts, config.gradient_power, config.hessian == "gradient", bf16, work.calibration, reporter, begins)
+    calibration = calibrate(loaded, head, texts, begins, config, work.calibration, reporter)
     selection = work.load_selection()
     if selection is None:
         error = reference_error(loaded.linear, calibration, config, reporter)
         selection = plan_types(loaded, calibration, texts, head, fixed, config, error, reporter)
         work.save_selection(selection)
+    bf16, head_inputs = config.precision == "bf16", work.calibration / "head_inputs.safetensors"
     if config.tune:
         save_head_inputs(loaded, texts, bf16, head_inputs, reporter)
     quantize_matrices(loaded, calibration, texts, selection, config, work, reporter)

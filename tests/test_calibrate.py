@@ -12,6 +12,7 @@ import torch
 
 from tacq_export import calibrate as module
 from tacq_export.calibrate import EMBEDDING_OUTPUT, Calibration, accumulate_gradients, calibrate, disk_bytes, token_weights
+from tacq_export.config import ExportConfig
 from tacq_export.errors import TacqError
 from tacq_export.load_model import LinkedTensor
 from tacq_export.predict_loss import predict_losses
@@ -37,19 +38,18 @@ def ends(model) -> dict[str, torch.nn.Module]:
     return {HEAD: model.get_output_embeddings(), EMBEDDING_OUTPUT: model.get_input_embeddings()}
 
 
-@pytest.fixture(scope="module")
-def by_autograd(model) -> dict[str, dict[str, list[torch.Tensor]]]:
+def autograd(model, begins: list[int]) -> dict[str, dict[str, list[torch.Tensor]]]:
     """{"weights": {name: dL/dW of each text}, "outputs": {name: dL/dy [tokens, rows] of each text}}, float64, from a copy in
-    which everything has gradients. L is a text's mean loss for the weights, and the sum of its losses for the outputs."""
+    which everything has gradients. L has the tokens from `begins` on: their mean loss for the weights, and the sum of their losses for the outputs."""
     double = copy.deepcopy(model).double().requires_grad_(True)
     names = matrices(double) | ends(double)
     found = {"weights": {name: [] for name in matrices(double)}, "outputs": {name: [] for name in names}}
-    for text in TEXTS:
+    for text, begin in zip(TEXTS, begins, strict=True):
         double.zero_grad(set_to_none=True)
         caught = {}
         handles = [m.register_forward_hook(lambda m, a, output, name=name: (output.retain_grad(), caught.update({name: output}))[0]) for name, m in names.items()]
         logits = double(input_ids=torch.tensor([text])).logits[0]
-        losses = [-torch.log_softmax(logits[i], -1)[text[i + 1]] for i in range(len(text) - 1)]
+        losses = [-torch.log_softmax(logits[i - 1], -1)[text[i]] for i in range(begin, len(text))]
         sum(losses).backward()
         for handle in handles:
             handle.remove()
@@ -58,6 +58,12 @@ def by_autograd(model) -> dict[str, dict[str, list[torch.Tensor]]]:
         for name, gradients in found["outputs"].items():
             gradients.append(caught[name].grad[0].clone())
     return found
+
+
+@pytest.fixture(scope="module")
+def by_autograd(model) -> dict[str, dict[str, list[torch.Tensor]]]:
+    """Of whole texts."""
+    return autograd(model, [1, 1, 1])
 
 
 def close(found: torch.Tensor, expected: torch.Tensor) -> None:
@@ -80,29 +86,13 @@ def test_gradients_and_statistics_are_those_of_autograd(model, by_autograd, powe
 
 
 def test_only_tokens_from_where_an_answer_begins_count(model):
-    """L is the loss of the tokens from `begins` on: their mean for the weights, their sum for the outputs. From 1 on is the whole text."""
+    """From 1 on is the whole text."""
     begins = [4, 1, 1]
-    found = accumulate_gradients(model, matrices(model), TEXTS, 2, Reporter(), ends(model), begins=begins)
-    double = copy.deepcopy(model).double().requires_grad_(True)
-    names = matrices(double) | ends(double)
-    weights, rows = {name: 0.0 for name in matrices(double)}, {name: 0.0 for name in names}
-    for text, begin in zip(TEXTS, begins, strict=True):
-        double.zero_grad(set_to_none=True)
-        caught = {}
-        handles = [m.register_forward_hook(lambda m, a, output, name=name: (output.retain_grad(), caught.update({name: output}))[0]) for name, m in names.items()]
-        logits = double(input_ids=torch.tensor([text])).logits[0]
-        losses = [-torch.log_softmax(logits[i - 1], -1)[text[i]] for i in range(begin, len(text))]
-        sum(losses).backward()
-        for handle in handles:
-            handle.remove()
-        for name in weights:
-            weights[name] = weights[name] + (names[name].weight.grad / len(losses)).square()
-        for name in rows:
-            rows[name] = rows[name] + caught[name].grad[0].square().sum(0)
-    for name, expected in weights.items():
-        close(found[name], expected)
-    for name, expected in rows.items():
-        close(found[f"{name}/rows"], expected)
+    found, expected = accumulate_gradients(model, matrices(model), TEXTS, 2, Reporter(), ends(model), begins=begins), autograd(model, begins)
+    for name, gradients in expected["weights"].items():
+        close(found[name], sum(g.square() for g in gradients))
+    for name, gradients in expected["outputs"].items():
+        close(found[f"{name}/rows"], sum(g.square().sum(0) for g in gradients))
     head = found[f"{HEAD}/tokens"]
     assert torch.equal(head == 0, torch.tensor([True] * 3 + [False] * 3 + [True] + [False] * 5 + [True] + [False, True])), "no logits of question tokens count, nor a text's last"
     whole = accumulate_gradients(model, matrices(model), TEXTS, 2, Reporter(), ends(model))
@@ -186,8 +176,7 @@ def linked(load_tiny, architecture):
 
 
 def run(loaded, head, folder, **options) -> Calibration:
-    options = {"power": 1, "weighted": True, "bf16": False} | options
-    return calibrate(loaded, head, TEXTS, options["power"], options["weighted"], options["bf16"], folder, Reporter())
+    return calibrate(loaded, head, TEXTS, None, ExportConfig("m", "t", "o.gguf", **options), folder, Reporter())
 
 
 def inputs_of(model, tensor: LinkedTensor) -> np.ndarray:
@@ -207,7 +196,7 @@ def test_what_lies_on_disk_is_what_the_formulas_say(load_tiny, tmp_path, archite
     """H = sum_t w_t x_t x_t^T, w_t the mean over the group's matrices of |dL/dy_t| as a share of its mean, or 1; the losses are
     those of predict_loss.py with F, where |dL/dy_t|^2 counts."""
     loaded, head = linked(load_tiny, architecture)
-    found = run(loaded, head, tmp_path, weighted=weighted)
+    found = run(loaded, head, tmp_path, hessian="gradient" if weighted else "plain")
     statistics = accumulate_gradients(loaded.model, {t.name: t.module for t in loaded.linear}, TEXTS, 1, Reporter(), {head.name: head.module, EMBEDDING_OUTPUT: loaded.embedding.module})
     assert found.n_tokens == sum(map(len, TEXTS))
     assert sorted(t.name for g in found.groups for t in g) == sorted(t.name for t in [*loaded.linear, head])
@@ -316,7 +305,7 @@ def test_gradients_that_are_half_written_are_made_again(load_tiny, tmp_path, mon
 
 def test_powers_and_weights_give_other_files(load_tiny, tmp_path):
     loaded, head = linked(load_tiny, "llama")
-    found = {name: run(loaded, head, tmp_path / name, **options) for name, options in (("plain", {"weighted": False}), ("one", {}), ("two", {"power": 2}), ("bf16", {"bf16": True}))}
+    found = {name: run(loaded, head, tmp_path / name, **options) for name, options in (("plain", {"hessian": "plain"}), ("one", {}), ("two", {"score": "fisher"}), ("bf16", {"precision": "bf16"}))}
     name = loaded.linear[0].name
     assert not torch.equal(found["one"].gradient(name), found["two"].gradient(name)) and not torch.equal(found["one"].gradient(name), found["bf16"].gradient(name))
     assert torch.equal(found["one"].gradient(name), found["plain"].gradient(name)) and torch.equal(found["one"].hessian(0), found["two"].hessian(0))

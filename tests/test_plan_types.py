@@ -31,7 +31,7 @@ def setting(request, load_tiny, tmp_path_factory):
     """(loaded, head, calibration)"""
     loaded = load_tiny(request.param)
     head = head_tensor(loaded)
-    return loaded, head, calibrate(loaded, head, TEXTS, 1, True, False, tmp_path_factory.mktemp(request.param), Reporter())
+    return loaded, head, calibrate(loaded, head, TEXTS, None, config(), tmp_path_factory.mktemp(request.param), Reporter())
 
 
 def plan(setting, **options):

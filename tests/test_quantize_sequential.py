@@ -105,7 +105,7 @@ def test_the_target_is_the_weighted_least_squares_solution():
 
 def quantized_model(loaded, tmp_path, hessian_inputs: str, bits: int = 2, hessian: str = "plain"):
     """Work folder with all matrices of the blocks quantized."""
-    calibration = calibrate(loaded, head_tensor(loaded), TEXTS, 1, True, False, tmp_path / "calibration", Reporter())
+    calibration = calibrate(loaded, head_tensor(loaded), TEXTS, None, ExportConfig("m", "t", "o.gguf"), tmp_path / "calibration", Reporter())
     work = WorkDir(tmp_path / hessian_inputs)
     (work.path / "tensors").mkdir(parents=True, exist_ok=True)
     nothing = torch.empty(0, dtype=torch.int64)
@@ -156,7 +156,7 @@ def test_rows_go_to_the_file_and_back(load_tiny):
 
 def test_the_model_is_left_without_hooks_when_it_fails(load_tiny, tmp_path):
     loaded = own_copy(load_tiny, "qwen2")
-    calibration = calibrate(loaded, head_tensor(loaded), TEXTS, 1, True, False, tmp_path, Reporter())
+    calibration = calibrate(loaded, head_tensor(loaded), TEXTS, None, ExportConfig("m", "t", "o.gguf"), tmp_path, Reporter())
 
     def fail(*_):
         raise KeyboardInterrupt
