@@ -8,7 +8,7 @@ Every row is written as soon as it is measured; the same command goes on. Experi
     density      kept weights against the same bytes spent on wider types: TACQ2 with more and more kept, and of the same size
                  what the allocator makes, with and without kept weights; and how well it predicts all of them
     scores       which weights are kept: the scores of tacq-export, at equal bytes, TACQ2 everywhere
-    quantizer    sweeps of coordinate descent, damping, token weights, inputs of the quantized model
+    quantizer    sweeps of coordinate descent, damping, token weights, inputs of the quantized model, norms and biases tuned
     calibration  how many examples, or all in windows of 2,048 tokens; another task's and general text (needs --data), alone and mixed in
 
 All rows have the KL, perplexity and top-1 on GSM8K, those of `calibration` also on Spider and wikitext2 (with --data). All but the row that says so have --hessian-inputs float, which takes a third of the time: rows are to be compared with each other.
@@ -73,6 +73,7 @@ def experiments(data: Path | None, made: Path) -> list[tuple[str, str, dict]]:
     found += [("quantizer", f"damping {d:g}", {"damping": d}) for d in (0.003, 0.03)]
     found += [("quantizer", "equal token weights", {"hessian": "plain"})]
     found += [("quantizer", "inputs of the quantized model", {"hessian_inputs": "quantized"})]
+    found += [("quantizer", "norms and biases tuned", {"tune": True})]
     found += [("calibration", f"{n} examples of the task", {"n_samples": n}) for n in (128, 32, 64)]
     found += [("calibration", "all in windows of 2048", {"task": made / "packed.txt", "n_samples": 14})]
     if data:
