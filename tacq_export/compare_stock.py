@@ -189,6 +189,7 @@ class _Bench:
         self._ref_ppl: float | None = None
         self._ref_text_ppl: float | None = None
         self._ref_scored: dict[str, TaskScore] = {}
+        self.asked = [(scoring, load_task(scoring.examples).examples[: scoring.n]) for scoring in config.scoring]
         self._ref_scores = self.scores({"file": self.kept.sha(reference)}, lambda: reference, "reference, F16")
 
     def row(self, file: Path, name: str, kind: str, fell_back: dict[str, int] | None = None) -> Row:
@@ -257,8 +258,7 @@ class _Bench:
     def scores(self, which: dict, file, name: str) -> dict:
         """Scores of the task itself, as fields of a Row. Only examples that were not asked before are."""
         result: dict = {}
-        for scoring in self.config.scoring:
-            examples = load_task(scoring.examples).examples[: scoring.n]
+        for scoring, examples in self.asked:
             key, n = which | scoring.decides(), len(examples)
             found = self.kept.find(key) or {"hits": "", "cuts": ""}
             if (first := len(found["hits"])) < n:

@@ -205,6 +205,15 @@ def _check_finite(model: PreTrainedModel) -> None:
             raise TacqError(f"tensor '{name}': holds NaN or Inf; the checkpoint is damaged, fetch it again.")
 
 
+def tensor_names(reference: gguf.GGUFReader) -> gguf.TensorNameMap:
+    """gguf-py's names of torch modules in GGUF, for the file's architecture. Raises TacqError for one that it does not know."""
+    architecture = field_value(reference, "general.architecture")
+    known = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}
+    if architecture not in known:
+        raise TacqError(f"gguf-py does not know the architecture '{architecture}'; update gguf, or use another model.")
+    return gguf.get_tensor_name_map(known[architecture], int(field_value(reference, f"{architecture}.block_count") or 0))
+
+
 def link_tensors(model: PreTrainedModel, reference: gguf.GGUFReader) -> tuple[list[LinkedTensor], LinkedTensor, LinkedTensor | None]:
     """(matrices of the blocks, embedding, head or None if tied) of a model and its float GGUF.
 
@@ -212,12 +221,7 @@ def link_tensors(model: PreTrainedModel, reference: gguf.GGUFReader) -> tuple[li
     to F16, in some order of its rows. Raises TacqError, naming the tensor, for a pair that differs, a matrix that is no
     torch.nn.Linear, a value that is not finite, or a width that is not a multiple of 64.
     """
-    architecture = field_value(reference, "general.architecture")
-    known = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}
-    if architecture not in known:
-        raise TacqError(f"gguf-py does not know the architecture '{architecture}'; update gguf, or use another model.")
-    n_blocks = int(field_value(reference, f"{architecture}.block_count") or 0)
-    name_map = gguf.get_tensor_name_map(known[architecture], n_blocks)
+    architecture, name_map = field_value(reference, "general.architecture"), tensor_names(reference)
     modules = {}
     for module_name, module in model.named_modules():
         gguf_name = name_map.get_name(module_name)

@@ -25,11 +25,11 @@ from torch.nn.functional import kl_div, linear, log_softmax
 
 from .collect_inputs import Done, collect_inputs, hooked
 from .errors import TacqError
-from .load_model import LinkedTensor, LoadedModel
+from .load_model import LinkedTensor, LoadedModel, tensor_names
 from .quantize_model import finished_weights, head_tensor
 from .reporting import Reporter
 from .workdir import WorkDir
-from .write_gguf import encode_as, field_value, numpy_shape, tensor_values, written_atomically
+from .write_gguf import encode_as, numpy_shape, tensor_values, written_atomically
 
 STEP = 0.005  # of Adam, as a share of a vector's mean magnitude
 BATCH = 4  # examples a step
@@ -52,9 +52,7 @@ class LinkedVector:
 
 def link_vectors(loaded: LoadedModel) -> list[LinkedVector]:
     """The norms and biases that torch and the GGUF hold in the same order, in the file's order."""
-    architecture = field_value(loaded.reference, "general.architecture")
-    known = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}
-    name_map = gguf.get_tensor_name_map(known[architecture], int(field_value(loaded.reference, f"{architecture}.block_count") or 0))
+    name_map = tensor_names(loaded.reference)
     parameters = {name_map.get_name(name, (".weight", ".bias")): p for name, p in loaded.model.named_parameters() if p.dim() == 1}
     found = []
     for tensor in loaded.reference.tensors:

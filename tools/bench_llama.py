@@ -35,7 +35,7 @@ from tacq_export.runtime import tool  # noqa: E402
 from tacq_export.runtime_source import cache_dir  # noqa: E402
 from tacq_export.sparse_section import KeptWeights, capacity, pack_sparse  # noqa: E402
 from tacq_export.tensor_types import TYPES_BY_NAME  # noqa: E402
-from tacq_export.write_gguf import PlannedTensor, copied, numpy_shape, open_gguf, type_named, tensor_values, write_gguf  # noqa: E402
+from tacq_export.write_gguf import PlannedTensor, copied, numpy_shape, open_gguf, tensor_values, type_named, write_gguf  # noqa: E402
 
 DEFAULT_TYPES = ["TACQ2_S1", "Q2_K", "IQ2_XS", "TACQ3_S1", "Q3_K", "TACQ4", "Q4_0", "Q4_K"]
 FALLBACKS = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "IQ2_XXS": "IQ4_NL", "IQ2_XS": "IQ4_NL", "IQ2_S": "IQ4_NL", "IQ3_XXS": "IQ4_NL"}
@@ -54,11 +54,9 @@ def run(command: list) -> str:
 
 def gguf_type(name: str) -> gguf.GGMLQuantizationType:
     """gguf-py's type of a name of ours or of a stock type."""
-    if name in TYPES_BY_NAME:
-        return type_named(name)
-    if name not in gguf.GGMLQuantizationType.__members__:
+    if name not in TYPES_BY_NAME and name not in gguf.GGMLQuantizationType.__members__:
         raise TacqError(f"unknown type '{name}': use a tensor type, such as TACQ2_S1 or Q2_K.")
-    return gguf.GGMLQuantizationType[name]
+    return type_named(name)
 
 
 def quantize(type_name: str, weights: np.ndarray) -> np.ndarray:
