@@ -24,7 +24,7 @@ from .runtime_source import need_space
 from .score_weights import NEEDS_REFERENCE
 from .select_weights import TensorSelection
 from .tensor_types import FORMAT_VERSION, TYPES_BY_ID, TYPES_BY_NAME, TensorType
-from .tune_vectors import check_tunable, save_head_inputs, tune_vectors
+from .tune_vectors import save_head_inputs, tunable_vectors, tune_vectors
 from .workdir import WorkDir
 from .write_gguf import PlannedTensor, copied, encoded, numpy_shape, open_gguf, raw_bytes, type_named, write_gguf
 
@@ -68,8 +68,7 @@ def export(config: ExportConfig, reporter: Reporter | None = None) -> ExportResu
         loaded = load_model(config.model, work.path, config.device, reporter)
         texts, begins = tokenize_for_loss(config.loss, task, loaded.tokenizer, config.n_samples, config.seq_len)
         fixed, head = fixed_types(loaded, config), head_tensor(loaded)
-        if config.tune:
-            check_tunable(loaded, texts)
+        vectors = tunable_vectors(loaded, texts) if config.tune else []
         reporter.say(describe(loaded, texts, task.name, fixed, config))
     finally:
         if config.dry_run:
@@ -85,13 +84,12 @@ def export(config: ExportConfig, reporter: Reporter | None = None) -> ExportResu
         error = reference_error(loaded.linear, calibration, config, reporter)
         selection = plan_types(loaded, calibration, texts, head, fixed, config, error, reporter)
         work.save_selection(selection)
-    bf16, head_inputs = config.precision == "bf16", work.calibration / "head_inputs.safetensors"
-    if config.tune:
-        save_head_inputs(loaded, texts, bf16, head_inputs, reporter)
+    if vectors:
+        save_head_inputs(loaded, texts, config, work.calibration, reporter)
     quantize_matrices(loaded, calibration, texts, selection, config, work, reporter)
     quantize_embedding(loaded, selection, work, reporter)
-    if config.tune:
-        tune_vectors(loaded, texts, begins, head_inputs, fixed, bf16, config.seed, work, reporter)
+    if vectors:
+        tune_vectors(vectors, loaded, texts, begins, fixed, config, work, reporter)
     keys = metadata(config, task.name, selection, len(texts), loaded)
     write_gguf(config.outfile, loaded.reference, planned_tensors(loaded, fixed, work), keys, reporter)
     check_written(config.outfile, work)

@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import kl_div, linear, log_softmax
 
 from .collect_inputs import Done, collect_inputs, hooked
+from .config import ExportConfig
 from .errors import TacqError
 from .load_model import LinkedTensor, LoadedModel, tensor_names
 from .quantize_model import finished_weights, head_tensor
@@ -34,6 +35,7 @@ from .write_gguf import encode_as, numpy_shape, tensor_values, written_atomicall
 STEP = 0.005  # of Adam, as a share of a vector's mean magnitude
 BATCH = 4  # examples a step
 HELD_OUT = 8  # every so many examples one is not tuned on
+HEAD_INPUTS = "head_inputs.safetensors"  # in the calibration's folder
 POSITIONS = 256  # whose logits are in memory at a time
 
 
@@ -66,20 +68,22 @@ def link_vectors(loaded: LoadedModel) -> list[LinkedVector]:
     return found
 
 
-def check_tunable(loaded: LoadedModel, texts: Sequence[Sequence[int]]) -> None:
-    """Raises TacqError for a model without vectors to tune, or less than two texts."""
-    if not link_vectors(loaded):
+def tunable_vectors(loaded: LoadedModel, texts: Sequence[Sequence[int]]) -> list[LinkedVector]:
+    """What --tune tunes. Raises TacqError for a model without any, or less than two texts."""
+    if not (vectors := link_vectors(loaded)):
         raise TacqError(f"{loaded.name} has no norm or bias that can be tuned; export without --tune.")
     if len(texts) < 2:
         raise TacqError("--tune needs two examples, one of them to see whether it helps; give more.")
+    return vectors
 
 
-def save_head_inputs(loaded: LoadedModel, texts: Sequence[Sequence[int]], bf16: bool, path: Path, reporter: Reporter) -> None:
-    """float16 [tokens of all texts, columns] of the float model, into `path`, unless it is there. No matrix may have been changed yet."""
+def save_head_inputs(loaded: LoadedModel, texts: Sequence[Sequence[int]], config: ExportConfig, folder: Path, reporter: Reporter) -> None:
+    """float16 [tokens of all texts, columns] of the float model, into `folder`, unless they are there. No matrix may have been changed yet."""
+    path = folder / HEAD_INPUTS
     if path.is_file():
         return
     module, found = head_tensor(loaded).module, []
-    with torch.autocast(loaded.model.device.type, torch.bfloat16, enabled=bf16):
+    with torch.autocast(loaded.model.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
         for text in reporter.track(texts, "what the head gets"):
             found.append(collect_inputs(loaded.model, [module], [text])[0][0].half().cpu())
     with written_atomically(path) as partial:
@@ -162,27 +166,25 @@ class VectorTuner:
 
 
 def tune_vectors(
-    loaded: LoadedModel, texts: Sequence[Sequence[int]], begins: Sequence[int] | None, head_inputs: Path, fixed: dict[str, str], bf16: bool, seed: int,
+    vectors: Sequence[LinkedVector], loaded: LoadedModel, texts: Sequence[Sequence[int]], begins: Sequence[int] | None, fixed: dict[str, str], config: ExportConfig,
     work: WorkDir, reporter: Reporter,
 ) -> None:  # fmt: skip
-    """Tune all vectors that `work` does not have yet, all matrices being there, and put them into it.
+    """Tune `vectors` unless `work` has them already, all matrices and the head's inputs being there, and put them into it.
 
-    head_inputs: of `save_head_inputs`; fixed: {tensor: stock type} of matrices that are not in `work`. Modules hold the file's weights afterwards.
-    Raises TacqError for a loss that is not finite.
+    fixed: {tensor: stock type} of matrices that are not in `work`. Modules hold the file's weights afterwards. Raises TacqError for a loss that is not finite.
     """
-    vectors = link_vectors(loaded)
     if all(work.has_tensor(v.name) for v in vectors):
         return
-    states = load_file(head_inputs)["head_inputs"].split([len(text) for text in texts])
+    states = load_file(work.calibration / HEAD_INPUTS)["head_inputs"].split([len(text) for text in texts])
     head = head_tensor(loaded).weight.clone()
     put_written_weights(loaded, fixed, work)
-    tuner = VectorTuner(loaded, head, states, texts, begins, bf16)
+    tuner = VectorTuner(loaded, head, states, texts, begins, config.precision == "bf16")
     held_out = list(range(len(texts)))[HELD_OUT - 1 :: HELD_OUT] or [len(texts) - 1]
     tuned_on = [i for i in range(len(texts)) if i not in held_out]
     original = [v.parameter.detach().clone() for v in vectors]
     before, n_batches = tuner.mean_loss(held_out), -(-len(tuned_on) // BATCH)
     reporter.progress(0, n_batches, "tuning")
-    for done, _ in enumerate(tuner.run(vectors, tuned_on, seed), 1):
+    for done, _ in enumerate(tuner.run(vectors, tuned_on, config.seed), 1):
         reporter.progress(done, n_batches, "tuning")
     after = tuner.mean_loss(held_out)
     helps = after < before

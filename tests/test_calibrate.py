@@ -19,9 +19,8 @@ from tacq_export.predict_loss import predict_losses
 from tacq_export.quantize_gptq import damped_hessian
 from tacq_export.quantize_model import head_tensor
 from tacq_export.reporting import Reporter
-from tiny_hf import tiny_model
+from tiny_hf import TEXTS, tiny_model
 
-TEXTS = [[1, 5, 9, 20, 33, 270, 4], [1, 300, 12, 5, 5, 91], [1, 44]]  # of different lengths
 HEAD = "head"
 
 

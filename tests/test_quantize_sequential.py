@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -22,18 +21,7 @@ from tacq_export.select_weights import TensorSelection
 from tacq_export.tensor_types import TYPES_BY_NAME
 from tacq_export.walk_blocks import blocks_of
 from tacq_export.workdir import WorkDir
-
-TEXTS = [[1, 5, 9, 20, 33, 270, 4], [1, 300, 12, 5, 5, 91], [1, 44]]  # of different lengths
-ARCHITECTURES = ["llama", "qwen2", "gemma3"]
-
-
-def own_copy(load_tiny, architecture: str):
-    """A loaded model whose weights a test may change."""
-    loaded = load_tiny(architecture)
-    model = copy.deepcopy(loaded.model)
-    names = dict(model.named_modules())
-    own = lambda t: None if t is None else replace(t, module=names[t.module_name])  # noqa: E731
-    return replace(loaded, model=model, linear=[own(t) for t in loaded.linear], embedding=own(loaded.embedding), head=own(loaded.head))
+from tiny_hf import ARCHITECTURES, TEXTS, own_copy
 
 
 def inputs(model, module_name: str) -> np.ndarray:

@@ -17,9 +17,7 @@ from tacq_export.load_model import LinkedTensor
 from tacq_export.quantize_model import rounding_error
 from tacq_export.reporting import Reporter
 from tacq_export.score_weights import NEEDS_REFERENCE, NEEDS_STATISTIC, score_weights
-from tiny_hf import VOCAB, tiny_model
-
-TEXTS = [[1, 5, 9, 20, 33, 270, 4], [1, 300, 12, 5, 5, 91], [1, 44]]
+from tiny_hf import TEXTS, VOCAB, tiny_model
 
 
 @pytest.fixture(scope="module", params=["llama", "gemma3"])

@@ -12,7 +12,7 @@ from tacq_export.load_model import load_model
 from tacq_export.pipeline import export
 from tacq_export.reporting import Reporter
 from tacq_export.write_gguf import open_gguf
-from tiny_hf import VOCAB, write_model_folder
+from tiny_hf import VOCAB, Listener, write_model_folder
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["own head", "tied"])
@@ -57,18 +57,13 @@ def test_types_of_the_user_count_within_the_size(larger, workdir, tiny_task, tmp
 
 
 def test_a_larger_target_predicts_less_loss(larger, workdir, tiny_task, tmp_path):
-    class Listener(Reporter):
-        lines: list[str] = []
-
-        def say(self, text: str) -> None:
-            self.lines.append(text)
-
+    listener = Listener()
     for i, target in enumerate(("900k", "1.1M", "1.4M")):
         export(
             ExportConfig(model=str(larger), task=tiny_task, outfile=tmp_path / f"{i}.gguf", n_samples=3, seq_len=32, device="cpu", workdir=workdir, refine_sweeps=0, target_size=target),
-            Listener(),
+            listener,
         )
-    losses = [float(line.split("predicted loss ")[1].split()[0]) for line in Listener.lines if line.startswith("Allocation")]
+    losses = [float(line.split("predicted loss ")[1].split()[0]) for line in listener.lines if line.startswith("Allocation")]
     assert len(losses) == 3 and losses[0] >= losses[1] >= losses[2] and losses[0] > losses[2]  # four digits are shown
 
 

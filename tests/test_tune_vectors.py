@@ -18,22 +18,14 @@ from tacq_export.quantize_model import head_tensor
 from tacq_export.reporting import Reporter
 from tacq_export.tune_vectors import LinkedVector, VectorTuner, link_vectors, save_head_inputs
 from tacq_export.write_gguf import open_gguf, raw_bytes, tensor_values
-from test_quantize_sequential import ARCHITECTURES, TEXTS, own_copy
+from tiny_hf import ARCHITECTURES, TEXTS, Listener, own_copy
 
 F32 = gguf.GGMLQuantizationType.F32
 
 
-class Said(Reporter):
-    def __init__(self):
-        self.lines = []
-
-    def say(self, text):
-        self.lines.append(text)
-
-
 def states_of(loaded, tmp_path) -> list[torch.Tensor]:
-    save_head_inputs(loaded, TEXTS, False, tmp_path / "states", Reporter())
-    return tacq_export.tune_vectors.load_file(tmp_path / "states")["head_inputs"].split([len(t) for t in TEXTS])
+    save_head_inputs(loaded, TEXTS, ExportConfig("model", tmp_path, tmp_path), tmp_path, Reporter())
+    return tacq_export.tune_vectors.load_file(tmp_path / "head_inputs.safetensors")["head_inputs"].split([len(t) for t in TEXTS])
 
 
 def disturbed(load_tiny, architecture: str, tmp_path):
@@ -117,7 +109,7 @@ def config(tiny_gguf, tiny_task, tmp_path):
 
 def test_a_tuned_export(config, tmp_path, monkeypatch):
     """Of the same size, with the same matrices and other norms; an interrupted one goes on to the same bytes."""
-    said = Said()
+    said = Listener()
     plain, tuned = export(config("plain.gguf"), Reporter()), export(config("tuned.gguf", tune=True), said)
     assert tuned.file_bytes == plain.file_bytes
     assert any("Tuning of 5 norms and biases: KL of 1 examples that were left out" in line for line in said.lines)
@@ -137,7 +129,7 @@ def test_a_tuned_export(config, tmp_path, monkeypatch):
 def test_a_tuning_that_does_not_help_is_not_written(config, monkeypatch):
     losses = iter([0.5, 0.5])
     monkeypatch.setattr(VectorTuner, "mean_loss", lambda *_: next(losses))
-    said = Said()
+    said = Listener()
     plain, tuned = export(config("plain.gguf"), Reporter()), export(config("tuned.gguf", tune=True), said)
     assert any("0.5000 -> 0.5000, which does not help: they are written as they were." in line for line in said.lines)
     assert plain.outfile.read_bytes() == tuned.outfile.read_bytes()

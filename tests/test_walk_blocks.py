@@ -8,9 +8,7 @@ import torch
 from tacq_export.collect_inputs import collect_inputs
 from tacq_export.quantize_model import head_tensor
 from tacq_export.walk_blocks import BlockWalk, block_name, blocks_of
-
-TEXTS = [[1, 5, 9, 20, 33, 270, 4], [1, 300, 12, 5, 5, 91], [1, 44]]  # of different lengths
-ARCHITECTURES = ["llama", "qwen2", "gemma3"]
+from tiny_hf import ARCHITECTURES, TEXTS
 
 
 def walk_of(loaded, bf16: bool = False) -> BlockWalk:

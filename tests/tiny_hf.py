@@ -1,4 +1,4 @@
-"""Tiny Hugging Face folders with random weights, and a sentencepiece tokenizer trained on a few sentences.
+"""Tiny Hugging Face folders with random weights, a sentencepiece tokenizer trained on a few sentences, and what tests of whole exports share.
 
 All three architectures use the sentencepiece tokenizer: llama.cpp's converter takes a `tokenizer.model` for each of them,
 where a byte-level BPE would have to be one whose pre-tokenizer hash the converter knows.
@@ -6,13 +6,18 @@ where a byte-level BPE would have to be one whose pre-tokenizer hash the convert
 
 from __future__ import annotations
 
+import copy
 import json
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import sentencepiece
 import torch
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+
+from tacq_export.load_model import LoadedModel
+from tacq_export.reporting import Reporter
 
 VOCAB = 320  # 3 control tokens, 256 bytes, 61 pieces
 SENTENCES = [
@@ -34,6 +39,7 @@ ARCHITECTURES = {
     # A GGUF has no query_pre_attn_scalar: transformers takes its default, 256, for all sizes.
     "gemma3": lambda: Gemma3ForCausalLM(Gemma3TextConfig(**_SIZES, head_dim=16, sliding_window=64)),
 }
+TEXTS = [[1, 5, 9, 20, 33, 270, 4], [1, 300, 12, 5, 5, 91], [1, 44]]  # of different lengths
 CHAT_TEMPLATE = "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}\n{% endfor %}"
 
 
@@ -74,3 +80,22 @@ def write_model_folder(folder: Path, architecture: str, seed: int = 0, model: Pr
     model.save_pretrained(folder)
     write_tokenizer(folder)
     return folder
+
+
+def own_copy(load_tiny, architecture: str) -> LoadedModel:
+    """A loaded model whose weights a test may change."""
+    loaded = load_tiny(architecture)
+    model = copy.deepcopy(loaded.model)
+    names = dict(model.named_modules())
+    own = lambda t: None if t is None else replace(t, module=names[t.module_name])  # noqa: E731
+    return replace(loaded, model=model, linear=[own(t) for t in loaded.linear], embedding=own(loaded.embedding), head=own(loaded.head))
+
+
+class Listener(Reporter):
+    """Remembers what was said."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.lines.append(text)
