@@ -74,13 +74,15 @@ def experiments(data: Path | None, made: Path) -> list[tuple[str, str, dict]]:
     found += [("quantizer", "equal token weights", {"hessian": "plain"})]
     found += [("quantizer", "inputs of the quantized model", {"hessian_inputs": "quantized"})]
     found += [("quantizer", "norms and biases tuned", {"tune": True})]
-    found += [("calibration", f"{n} examples of the task", {"n_samples": n}) for n in (128, 32, 64)]
-    found += [("calibration", "all in windows of 2048", {"task": made / "packed.txt", "n_samples": 14})]
+    found += [("calibration", "128 examples of the task", {"n_samples": 128})]
     if data:
-        found += [("calibration", f"{n} examples of the task", {"task": data / "gsm8k" / "train.jsonl", "n_samples": n}) for n in (256, 512)]
-        found += [("calibration", f"{100 * share:g} % general text", {"task": made / f"mixed-{share:g}.jsonl"}) for share in MIXED]
         found += [("calibration", "Spider", {"task": data / "spider" / "calibration.jsonl"})]
         found += [("calibration", "wikitext2, 14 windows of 2048", {"task": data / "wikitext2" / "calibration.txt", "n_samples": 14})]
+    found += [("calibration", f"{n} examples of the task", {"n_samples": n}) for n in (32, 64)]
+    found += [("calibration", "all in windows of 2048", {"task": made / "packed.txt", "n_samples": 14})]
+    if data:
+        found += [("calibration", f"{100 * share:g} % general text", {"task": made / f"mixed-{share:g}.jsonl"}) for share in MIXED]
+        found += [("calibration", f"{n} examples of the task", {"task": data / "gsm8k" / "train.jsonl", "n_samples": n}) for n in (256, 512)]
     return found
 
 
