@@ -1,14 +1,14 @@
 """What the task says about the model, gathered once and kept on disk: gradients, and Hessians of every matrix's inputs.
 
-One backward pass an example gives, for every matrix, the gradient sums of the score and, at its outputs y, the loss
-gradient dL/dy of every token. A token whose outputs the loss hardly feels need not be computed well, so each counts in the
+One backward pass an example gives the loss gradient dL/dy of every token at the outputs y of every matrix and, for a score that is made
+of them, the gradient sums of its weights (which take half as long again, and as much memory as the model). A token whose outputs the loss hardly feels need not be computed well, so each counts in the
 Hessian H = sum_t w_t x_t x_t^T with a weight w_t = |dL/dy_t|, as a share of the mean. With |dL/dy_t|^2, H would be the
 Fisher information's factor (GuidedQuant, arXiv 2505.07004); one label a token is a noisy estimate of it, and the root does
 better than both that and equal weights (tools/LOG.md).
 
-    gradients.safetensors      NAME: sum over examples of |dL/dW|^power of every matrix of the blocks; at its outputs (and
-                               those of head and embedding) NAME/tokens float32 [tokens]: |dL/dy_t|^2, and NAME/rows float32
-                               [rows]: sum_t (dL/dy_tr)^2
+    outputs.safetensors        at the outputs of every matrix, head and embedding among them: NAME/tokens float32 [tokens]:
+                               |dL/dy_t|^2, and NAME/rows float32 [rows]: sum_t (dL/dy_tr)^2
+    gradients-P.safetensors    NAME: sum over examples of |dL/dW|^P of every matrix of the blocks, once a score has asked
     hessians/N.safetensors     H of the N-th group of matrices with the same input, and diag(H^-1) with 1 % damping
     hessians/N.json            predicted loss of each of them at each width (predict_loss.py)
     hessians/N.kept-S-SEED.json  what keeping weights by the score S takes off it, once an allocation has asked
@@ -33,12 +33,12 @@ from .load_model import LinkedTensor, LoadedModel
 from .predict_loss import SAMPLE_DAMPING, kept_shares, predict_losses
 from .quantize_gptq import damped_hessian, inverse_diagonal
 from .reporting import Reporter
-from .score_weights import NEEDS_CURVATURE, NEEDS_STATISTIC
+from .score_weights import NEEDS_STATISTIC, gradient_power
 from .walk_blocks import BlockWalk, blocks_of
 from .write_gguf import written_atomically
 
 # Goes up when what the files below hold is computed otherwise: a work folder of an older number calibrates again.
-CALIBRATION_VERSION = 1
+CALIBRATION_VERSION = 2
 EMBEDDING_OUTPUT = "embedding"  # under this name the statistics of what the embedding puts out
 
 
@@ -50,13 +50,16 @@ class Calibration:
     groups: list[list[LinkedTensor]]
     n_tokens: int
 
-    def gradient(self, name: str) -> torch.Tensor:
+    def gradients_file(self, power: int) -> Path:
+        return self.folder / f"gradients-{power}.safetensors"
+
+    def gradient(self, name: str, power: int) -> torch.Tensor:
         """float32 [rows, columns]: the gradient sum of a matrix."""
-        return _read(self.folder / "gradients.safetensors", name)
+        return _read(self.gradients_file(power), name)
 
     def row_energy(self, name: str) -> torch.Tensor:
         """float32 [rows]: sum over tokens of the squared loss gradient at each output; L is the sum of a text's token losses."""
-        return _read(self.folder / "gradients.safetensors", f"{name}/rows")
+        return _read(self.folder / "outputs.safetensors", f"{name}/rows")
 
     def hessian(self, group: int) -> torch.Tensor:
         """float32 [columns, columns]: sum over tokens of w_t x_t x_t^T, the mean of w_t being 1."""
@@ -64,7 +67,7 @@ class Calibration:
 
     def token_energy(self, name: str) -> torch.Tensor:
         """float32 [tokens of all texts]: the squared loss gradient at the outputs of each token."""
-        return _read(self.folder / "gradients.safetensors", f"{name}/tokens")
+        return _read(self.folder / "outputs.safetensors", f"{name}/tokens")
 
     def token_weights(self, group: int) -> torch.Tensor:
         """float32 [tokens of all texts]: w_t of a group of matrices, mean 1."""
@@ -77,7 +80,8 @@ class Calibration:
 
     def statistic(self, score: str) -> Callable[[str], torch.Tensor]:
         """name -> what a score multiplies with (score_weights.py)."""
-        return self.curvature if score in NEEDS_CURVATURE else self.gradient
+        power = gradient_power(score)
+        return self.curvature if power is None else lambda name: self.gradient(name, power)
 
     def group_of(self, name: str) -> int:
         return next(k for k, group in enumerate(self.groups) if any(t.name == name for t in group))
@@ -126,21 +130,32 @@ def calibrate(
     """
     bf16 = config.precision == "bf16"
     (folder / "hessians").mkdir(parents=True, exist_ok=True)
-    gradients = folder / "gradients.safetensors"
-    if not gradients.is_file():
-        modules = {t.name: t.module for t in loaded.linear}
-        outputs_only = {head.name: head.module, EMBEDDING_OUTPUT: loaded.embedding.module}
-        found = accumulate_gradients(loaded.model, modules, texts, config.gradient_power, reporter, outputs_only, bf16, begins)
-        with written_atomically(gradients) as partial:
-            save_file({name: tensor.cpu().contiguous() for name, tensor in found.items()}, partial)
-        del found
     groups = group_by_input(loaded.model, [*loaded.linear, head], texts[0])
     calibration = Calibration(folder, groups, sum(map(len, texts)))
+    measure_gradients(loaded, head, calibration, texts, begins, config, reporter)
     if missing := [k for k in range(len(groups)) if not calibration.losses_file(k).is_file()]:
         reporter.progress(0, len(missing), "Hessians")
         for done, _ in enumerate(measure_groups(loaded, calibration, missing, texts, config.hessian == "gradient", bf16), 1):
             reporter.progress(done, len(missing), "Hessians")
     return calibration
+
+
+def measure_gradients(
+    loaded: LoadedModel, head: LinkedTensor, calibration: Calibration, texts: Sequence[Sequence[int]], begins: Sequence[int] | None, config: ExportConfig,
+    reporter: Reporter,
+) -> None:  # fmt: skip
+    """The files of the backward passes that are not there yet; of the gradient sums, those of the score."""
+    outputs, power = calibration.folder / "outputs.safetensors", gradient_power(config.score)
+    gradients = None if power is None or calibration.gradients_file(power).is_file() else calibration.gradients_file(power)
+    if outputs.is_file() and gradients is None:
+        return
+    of_outputs = {t.name: t.module for t in [*loaded.linear, head]} | {EMBEDDING_OUTPUT: loaded.embedding.module}
+    of_weights = {} if gradients is None else {t.name: t.module for t in loaded.linear}
+    found = accumulate_gradients(loaded.model, of_weights, of_outputs, texts, power or 1, reporter, config.precision == "bf16", begins)
+    for path, names in ((gradients, of_weights), (outputs, found.keys() - of_weights)):
+        if path is not None and not path.is_file():
+            with written_atomically(path) as partial:
+                save_file({name: found[name].cpu().contiguous() for name in sorted(names)}, partial)
 
 
 def measure_groups(
@@ -179,11 +194,13 @@ def measure_group(calibration: Calibration, k: int, inputs: Sequence[torch.Tenso
         partial.write_text(json.dumps(losses))
 
 
-def disk_bytes(loaded: LoadedModel, head: LinkedTensor, folder: Path) -> float:
+def disk_bytes(loaded: LoadedModel, head: LinkedTensor, score: str, folder: Path) -> float:
     """What is still to be written into `folder`, or more: matrices with the same input share a Hessian."""
-    have = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    have = sum(path.stat().st_size for path in folder.glob("hessians/*.safetensors"))
     hessians = sum(4.0 * t.shape[1] ** 2 for t in [*loaded.linear, head])
-    return max(4.0 * loaded.n_linear + hessians - have, 0.0)
+    power = gradient_power(score)
+    missing = power is not None and not (folder / f"gradients-{power}.safetensors").is_file()
+    return max(hessians - have, 0.0) + 4.0 * loaded.n_linear * missing
 
 
 def token_weights(of_each: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -192,19 +209,18 @@ def token_weights(of_each: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def accumulate_gradients(
-    model: torch.nn.Module, modules: dict[str, torch.nn.Module], texts: Sequence[Sequence[int]], power: int, reporter: Reporter,
-    outputs_only: dict[str, torch.nn.Module] | None = None, bf16: bool = False, begins: Sequence[int] | None = None,
+    model: torch.nn.Module, of_weights: dict[str, torch.nn.Module], of_outputs: dict[str, torch.nn.Module], texts: Sequence[Sequence[int]], power: int,
+    reporter: Reporter, bf16: bool = False, begins: Sequence[int] | None = None,
 ) -> dict[str, torch.Tensor]:  # fmt: skip
-    """{name: sum over texts of |dL/dW|^power, shaped as the module's weight} and, of the gradients at its outputs,
-    {name/tokens: [tokens of all texts], name/rows: [rows]}; float32. `outputs_only` modules have the latter alone.
+    """{name: sum over texts of |dL/dW|^power, shaped as the module's weight} of the modules `of_weights` and, of the gradients at the outputs
+    of those `of_outputs` (the embedding's must be among them if there are no weights), {name/tokens: [tokens of all texts], name/rows: [rows]}; float32.
 
     L is the mean next-token cross-entropy of one text for the weights (the paper's), and the sum for the outputs, where every
     token of every text counts alike; of tokens from `begins` on, where it is given. Each gradient is freed as soon as it is added, so gradient memory is one matrix.
     Raises TacqError when a loss is not finite.
     """
     found: dict[str, torch.Tensor] = {}
-    outputs_only = outputs_only or {}
-    tokens: dict[str, list[torch.Tensor]] = {name: [] for name in [*modules, *outputs_only]}
+    tokens: dict[str, list[torch.Tensor]] = {name: [] for name in of_outputs}
     handles, scale = [], 1.0
 
     def add_weight(total: torch.Tensor) -> Callable[[torch.nn.Parameter], None]:
@@ -229,11 +245,11 @@ def accumulate_gradients(
         return forward
 
     try:
-        for name, module in modules.items():
+        for name, module in of_weights.items():
             found[name] = torch.zeros_like(module.weight)
             module.weight.requires_grad_(True)
             handles.append(module.weight.register_post_accumulate_grad_hook(add_weight(found[name])))
-        for name, module in (modules | outputs_only).items():
+        for name, module in of_outputs.items():
             handles.append(module.register_forward_hook(add_output(name)))
         for i, text in enumerate(reporter.track(texts, "calibrating")):
             batch = torch.tensor([text], device=model.device)
@@ -248,7 +264,7 @@ def accumulate_gradients(
     finally:
         for handle in handles:
             handle.remove()
-        for module in modules.values():
+        for module in of_weights.values():
             module.weight.requires_grad_(False)
             module.weight.grad = None
     return found | {f"{name}/tokens": torch.cat(parts) for name, parts in tokens.items()}

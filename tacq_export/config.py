@@ -207,15 +207,9 @@ class ExportConfig:
                 raise TacqError(f"--tensor-type is '{entry}', and '{pattern}' is no regular expression ({error}).") from None
         return pairs
 
-    @property
-    def gradient_power(self) -> int:
-        """Power of the gradients that the calibration adds up: the Fisher score's sum is of squares."""
-        return 2 if self.score == "fisher" else 1
-
     def calibration_fingerprint(self) -> dict:
         """What decides the gradients and Hessians: an export that shares these can use them again."""
-        shared = {f: str(getattr(self, f)) for f in ("model", "n_samples", "seq_len", "loss", "hessian", "precision", "device")}
-        return shared | {"power": self.gradient_power}
+        return {f: str(getattr(self, f)) for f in ("model", "n_samples", "seq_len", "loss", "hessian", "precision", "device")}
 
     def fingerprint(self) -> dict:
         """Everything that decides the result, for `--resume`: not where files lie nor how they are made."""

@@ -76,7 +76,7 @@ def export(config: ExportConfig, reporter: Reporter | None = None) -> ExportResu
     if config.dry_run:
         return None
     need_space(config.outfile.parent, 1.1e-9 * upper_bound_bytes(loaded), "the output", "give --outfile on a larger disk")
-    need_space(work.calibration, 1e-9 * disk_bytes(loaded, head, work.calibration), "the calibration", "give --workdir on a larger disk")
+    need_space(work.calibration, 1e-9 * disk_bytes(loaded, head, config.score, work.calibration), "the calibration", "give --workdir on a larger disk")
 
     calibration = calibrate(loaded, head, texts, begins, config, work.calibration, reporter)
     selection = work.load_selection()

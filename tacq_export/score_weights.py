@@ -28,9 +28,13 @@ from .load_model import LinkedTensor
 from .reporting import Reporter
 
 NEEDS_GRADIENT = {"tacq", "tacq-no-magnitude", "tacq-no-error", "gradient", "fisher"}
-NEEDS_CURVATURE = {"obs"}
-NEEDS_STATISTIC = NEEDS_GRADIENT | NEEDS_CURVATURE
+NEEDS_STATISTIC = NEEDS_GRADIENT | {"obs"}
 NEEDS_REFERENCE = {"tacq", "tacq-no-magnitude", "fisher"}
+
+
+def gradient_power(score: str) -> int | None:
+    """P of the sum over examples of |dL/dW|^P that a score is made of; None for one that needs no gradients of weights."""
+    return (2 if score == "fisher" else 1) if score in NEEDS_GRADIENT else None
 
 
 def saliency(

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import safetensors
 import torch
 
 from tacq_export import calibrate as module
@@ -33,15 +34,15 @@ def matrices(model) -> dict[str, torch.nn.Module]:
     return {f"gguf.{name}": m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "layers" in name}
 
 
-def ends(model) -> dict[str, torch.nn.Module]:
-    return {HEAD: model.get_output_embeddings(), EMBEDDING_OUTPUT: model.get_input_embeddings()}
+def everywhere(model) -> dict[str, torch.nn.Module]:
+    return matrices(model) | {HEAD: model.get_output_embeddings(), EMBEDDING_OUTPUT: model.get_input_embeddings()}
 
 
 def autograd(model, begins: list[int]) -> dict[str, dict[str, list[torch.Tensor]]]:
     """{"weights": {name: dL/dW of each text}, "outputs": {name: dL/dy [tokens, rows] of each text}}, float64, from a copy in
     which everything has gradients. L has the tokens from `begins` on: their mean loss for the weights, and the sum of their losses for the outputs."""
     double = copy.deepcopy(model).double().requires_grad_(True)
-    names = matrices(double) | ends(double)
+    names = everywhere(double)
     found = {"weights": {name: [] for name in matrices(double)}, "outputs": {name: [] for name in names}}
     for text, begin in zip(TEXTS, begins, strict=True):
         double.zero_grad(set_to_none=True)
@@ -73,7 +74,7 @@ def close(found: torch.Tensor, expected: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("power", [1, 2])
 def test_gradients_and_statistics_are_those_of_autograd(model, by_autograd, power):
-    found = accumulate_gradients(model, matrices(model), TEXTS, power, Reporter(), ends(model))
+    found = accumulate_gradients(model, matrices(model), everywhere(model), TEXTS, power, Reporter())
     outputs = by_autograd["outputs"]
     assert set(found) == {*matrices(model), *(f"{name}/{kind}" for name in outputs for kind in ("tokens", "rows"))}
     for name, gradients in by_autograd["weights"].items():
@@ -87,16 +88,22 @@ def test_gradients_and_statistics_are_those_of_autograd(model, by_autograd, powe
 def test_only_tokens_from_where_an_answer_begins_count(model):
     """From 1 on is the whole text."""
     begins = [4, 1, 1]
-    found, expected = accumulate_gradients(model, matrices(model), TEXTS, 2, Reporter(), ends(model), begins=begins), autograd(model, begins)
+    found, expected = accumulate_gradients(model, matrices(model), everywhere(model), TEXTS, 2, Reporter(), begins=begins), autograd(model, begins)
     for name, gradients in expected["weights"].items():
         close(found[name], sum(g.square() for g in gradients))
     for name, gradients in expected["outputs"].items():
         close(found[f"{name}/rows"], sum(g.square().sum(0) for g in gradients))
     head = found[f"{HEAD}/tokens"]
     assert torch.equal(head == 0, torch.tensor([True] * 3 + [False] * 3 + [True] + [False] * 5 + [True] + [False, True])), "no logits of question tokens count, nor a text's last"
-    whole = accumulate_gradients(model, matrices(model), TEXTS, 2, Reporter(), ends(model))
-    ones = accumulate_gradients(model, matrices(model), TEXTS, 2, Reporter(), ends(model), begins=[1, 1, 1])
+    whole = accumulate_gradients(model, matrices(model), everywhere(model), TEXTS, 2, Reporter())
+    ones = accumulate_gradients(model, matrices(model), everywhere(model), TEXTS, 2, Reporter(), begins=[1, 1, 1])
     assert all(torch.equal(whole[name], ones[name]) for name in whole)
+
+
+def test_statistics_of_outputs_need_no_gradients_of_weights(model):
+    """The very same bits, and not one weight is differentiated."""
+    both, alone = (accumulate_gradients(model, of_weights, everywhere(model), TEXTS, 1, Reporter()) for of_weights in (matrices(model), {}))
+    assert set(alone) == set(both) - set(matrices(model)) and all(torch.equal(alone[name], both[name]) for name in alone)
 
 
 def test_the_sum_over_examples_is_not_that_of_their_mean(model, by_autograd):
@@ -117,7 +124,7 @@ def assert_restored(model):
 
 def test_the_model_is_left_as_it_was_and_a_second_run_gives_the_same_bits(model):
     before = {name: p.clone() for name, p in model.named_parameters()}
-    first, second = (accumulate_gradients(model, matrices(model), TEXTS, 1, Reporter(), ends(model)) for _ in range(2))
+    first, second = (accumulate_gradients(model, matrices(model), everywhere(model), TEXTS, 1, Reporter()) for _ in range(2))
     assert_restored(model)
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -135,7 +142,7 @@ def test_gradient_memory_is_one_matrix(model, monkeypatch):
         return original(parameter, watched)
 
     monkeypatch.setattr(torch.nn.Parameter, "register_post_accumulate_grad_hook", register)
-    accumulate_gradients(model, matrices(model), TEXTS[:1], 1, Reporter())
+    accumulate_gradients(model, matrices(model), {}, TEXTS[:1], 1, Reporter())
     assert held == [0] * len(matrices(model))
 
 
@@ -144,13 +151,13 @@ def test_a_loss_that_is_no_number_is_refused_and_the_model_restored(model):
     with torch.no_grad():
         broken.get_output_embeddings().weight[:] = float("inf")
     with pytest.raises(TacqError, match="The loss of example 1 is nan; the model or that example is damaged."):
-        accumulate_gradients(broken, matrices(broken), TEXTS, 1, Reporter(), ends(broken))
+        accumulate_gradients(broken, matrices(broken), everywhere(broken), TEXTS, 1, Reporter())
     assert_restored(broken)
 
 
 def test_bfloat16_products_give_nearly_the_same(model, by_autograd):
     """8 bits of precision: within 10 % of the whole, and not equal. What is summed is float32."""
-    found = accumulate_gradients(model, matrices(model), TEXTS, 1, Reporter(), ends(model), bf16=True)
+    found = accumulate_gradients(model, matrices(model), everywhere(model), TEXTS, 1, Reporter(), bf16=True)
     for name, gradients in by_autograd["weights"].items():
         expected = sum(g.abs() for g in gradients)
         assert found[name].dtype == torch.float32
@@ -196,13 +203,13 @@ def test_what_lies_on_disk_is_what_the_formulas_say(load_tiny, tmp_path, archite
     those of predict_loss.py with F, where |dL/dy_t|^2 counts."""
     loaded, head = linked(load_tiny, architecture)
     found = run(loaded, head, tmp_path, hessian="gradient" if weighted else "plain")
-    statistics = accumulate_gradients(loaded.model, {t.name: t.module for t in loaded.linear}, TEXTS, 1, Reporter(), {head.name: head.module, EMBEDDING_OUTPUT: loaded.embedding.module})
+    outputs = {t.name: t.module for t in [*loaded.linear, head]} | {EMBEDDING_OUTPUT: loaded.embedding.module}
+    statistics = accumulate_gradients(loaded.model, {}, outputs, TEXTS, 1, Reporter())
     assert found.n_tokens == sum(map(len, TEXTS))
     assert sorted(t.name for g in found.groups for t in g) == sorted(t.name for t in [*loaded.linear, head])
     losses = found.losses()
     assert set(losses) == {t.name for t in [*loaded.linear, head]}
     for tensor in loaded.linear:
-        assert torch.equal(found.gradient(tensor.name), statistics[tensor.name])
         assert torch.equal(found.row_energy(tensor.name), statistics[f"{tensor.name}/rows"])
     assert torch.equal(found.row_energy(EMBEDDING_OUTPUT), statistics[f"{EMBEDDING_OUTPUT}/rows"])
     for k, group in enumerate(found.groups):
@@ -293,33 +300,60 @@ def test_gradients_that_are_half_written_are_made_again(load_tiny, tmp_path, mon
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    with monkeypatch.context() as patch:
-        patch.setattr(module, "save_file", fail)
-        with pytest.raises(TacqError, match=r"Could not write .*gradients.safetensors \(No space left on device\)"):
-            run(loaded, head, tmp_path)
-    assert files(tmp_path) == {}
-    run(loaded, head, tmp_path)
-    assert (tmp_path / "gradients.safetensors").is_file()
+    for options, name in (({}, "outputs"), ({"score": "tacq"}, "gradients-1")):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "save_file", fail)
+            with pytest.raises(TacqError, match=rf"Could not write .*{name}.safetensors \(No space left on device\)"):
+                run(loaded, head, tmp_path, **options)
+        assert not (tmp_path / f"{name}.safetensors").exists()
+        run(loaded, head, tmp_path, **options)
+        assert (tmp_path / f"{name}.safetensors").is_file()
 
 
-def test_powers_and_weights_give_other_files(load_tiny, tmp_path):
+def test_gradient_sums_are_made_for_the_scores_that_need_them(load_tiny, tmp_path, monkeypatch):
+    """Each power once, and nothing else again."""
     loaded, head = linked(load_tiny, "llama")
-    found = {name: run(loaded, head, tmp_path / name, **options) for name, options in (("plain", {"hessian": "plain"}), ("one", {}), ("two", {"score": "fisher"}), ("bf16", {"precision": "bf16"}))}
+    expected = {power: accumulate_gradients(loaded.model, {t.name: t.module for t in loaded.linear}, {}, TEXTS, power, Reporter()) for power in (1, 2)}
+    run(loaded, head, tmp_path, score="magnitude")
+    made, first = [], files(tmp_path)
+    assert not list(tmp_path.glob("gradients*"))
+    original = accumulate_gradients
+    monkeypatch.setattr(module, "accumulate_gradients", lambda *args: (made.append(args[4]), original(*args))[1])
+    monkeypatch.setattr(module, "second_moment", refuse)
+    for score, powers in (("obs", []), ("tacq", [1]), ("fisher", [1, 2]), ("gradient", [1, 2]), ("random", [1, 2])):
+        found = run(loaded, head, tmp_path, score=score)
+        assert made == powers
+        if score in ("tacq", "fisher", "gradient"):
+            name, power = loaded.linear[0].name, 2 if score == "fisher" else 1
+            assert torch.equal(found.statistic(score)(name), expected[power][name]) and torch.equal(found.gradient(name, power), expected[power][name])
+    after = files(tmp_path)
+    assert {str(name) for name in after.keys() - first.keys()} == {"gradients-1.safetensors", "gradients-2.safetensors"}
+    assert all(after[name] == first[name] for name in first)
+    with safetensors.safe_open(tmp_path / "gradients-1.safetensors", "pt") as file:
+        assert set(file.keys()) == {t.name for t in loaded.linear}
+
+
+def test_precision_and_weights_of_tokens_give_other_files(load_tiny, tmp_path):
+    loaded, head = linked(load_tiny, "llama")
+    found = {name: run(loaded, head, tmp_path / name, score="tacq", **options) for name, options in (("plain", {"hessian": "plain"}), ("one", {}), ("bf16", {"precision": "bf16"}))}
     name = loaded.linear[0].name
-    assert not torch.equal(found["one"].gradient(name), found["two"].gradient(name)) and not torch.equal(found["one"].gradient(name), found["bf16"].gradient(name))
-    assert torch.equal(found["one"].gradient(name), found["plain"].gradient(name)) and torch.equal(found["one"].hessian(0), found["two"].hessian(0))
+    assert not torch.equal(found["one"].gradient(name, 1), found["bf16"].gradient(name, 1)) and torch.equal(found["one"].gradient(name, 1), found["plain"].gradient(name, 1))
     assert not torch.equal(found["one"].hessian(0), found["plain"].hessian(0))
 
 
 def test_the_space_that_is_asked_for_is_enough(load_tiny, tmp_path):
+    """Statistics and headers are not counted; matrices with the same input share a Hessian, so in the whole it is too much."""
+    more = 4 * 16 * (sum(map(len, TEXTS)) + 320) + 20000
     for architecture in ("llama", "qwen2"):
         loaded, head = linked(load_tiny, architecture)
-        folder = tmp_path / architecture
-        asked = disk_bytes(loaded, head, folder)
-        run(loaded, head, folder)
-        written = sum(map(len, files(folder).values()))
-        assert written / 2 < asked and written <= asked + 4 * 16 * (sum(map(len, TEXTS)) + 320) + 20000, "statistics and headers are not counted"
-        assert disk_bytes(loaded, head, folder) <= asked - written
+        folder, written = tmp_path / architecture, 0
+        for score in ("obs", "tacq", "fisher"):
+            asked = disk_bytes(loaded, head, score, folder)
+            run(loaded, head, folder, score=score)
+            now = sum(map(len, files(folder).values()))
+            assert (now - written) / 2 < asked and now - written <= asked + more
+            written = now
+        assert disk_bytes(loaded, head, "obs", folder) == disk_bytes(loaded, head, "fisher", folder) < asked, "all is there, but for what is shared"
 
 
 def test_losses_are_numbers_that_json_keeps(load_tiny, tmp_path):

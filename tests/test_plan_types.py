@@ -31,7 +31,7 @@ def setting(request, load_tiny, tmp_path_factory):
     """(loaded, head, calibration)"""
     loaded = load_tiny(request.param)
     head = head_tensor(loaded)
-    return loaded, head, calibrate(loaded, head, TEXTS, None, config(), tmp_path_factory.mktemp(request.param), Reporter())
+    return loaded, head, calibrate(loaded, head, TEXTS, None, config(score="tacq"), tmp_path_factory.mktemp(request.param), Reporter())
 
 
 def plan(setting, **options):
@@ -127,7 +127,7 @@ def test_one_width_keeps_the_top_of_the_whole_model(setting, ratio):
     """By sorting all saliencies: of each matrix what is above the border, and what fills its room."""
     loaded, _, calibration = setting
     _, selection = plan(setting, score="tacq", ratio=ratio, base_type="tacq3")
-    scores = {t.name: (calibration.gradient(t.name) * rounding_error(t, 3).abs() * t.weight.abs()).reshape(-1) for t in loaded.linear}
+    scores = {t.name: (calibration.gradient(t.name, 1) * rounding_error(t, 3).abs() * t.weight.abs()).reshape(-1) for t in loaded.linear}
     border = float(np.sort(np.concatenate([s.numpy() for s in scores.values()]))[::-1][round(ratio * loaded.n_linear) - 1])
     for name, score in scores.items():
         above, kept = int((score >= border).sum()), selection[name].kept
@@ -176,7 +176,7 @@ def test_a_mixed_type_of_the_user_keeps_the_most_salient_weights(setting):
     loaded, _, calibration = setting
     _, selection = plan(setting, score="tacq", tensor_types=("blk.0.ffn_up=tacq3_s8",), target_bpw=3.0)
     tensor = next(t for t in loaded.linear if t.name == "blk.0.ffn_up.weight")
-    score = calibration.gradient(tensor.name) * rounding_error(tensor, 3).abs() * tensor.weight.abs()
+    score = calibration.gradient(tensor.name, 1) * rounding_error(tensor, 3).abs() * tensor.weight.abs()
     kept = selection[tensor.name].kept
     assert len(kept) == (128 * 64 // 64 * 8 - 16 - 4 * 129) // 4
     assert set(kept.tolist()) == set(score.reshape(-1).argsort(descending=True)[: len(kept)].tolist())

@@ -173,7 +173,7 @@ def test_the_loss_of_an_embedding_is_that_of_what_it_puts_out(architecture, bits
     """1/(2 T) sum_t sum_j a_j (y' - y)_tj^2, y' what a module with the rounded weights really puts out."""
     model = tiny_model(architecture).requires_grad_(False)
     module = model.get_input_embeddings()
-    energy = accumulate_gradients(model, {}, TEXTS, 1, Reporter(), {EMBEDDING_OUTPUT: module})[f"{EMBEDDING_OUTPUT}/rows"]
+    energy = accumulate_gradients(model, {}, {EMBEDDING_OUTPUT: module}, TEXTS, 1, Reporter())[f"{EMBEDDING_OUTPUT}/rows"]
     found = embedding_loss(LinkedTensor("token_embd.weight", "embed", module, None), energy, TEXTS, bits)
     outputs = lambda: np.concatenate([module(torch.tensor(text)).double().numpy() for text in TEXTS])  # noqa: E731
     exact = outputs()

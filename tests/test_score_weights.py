@@ -51,7 +51,7 @@ def gradients(model) -> dict[str, list[torch.Tensor]]:
 
 def sums(model, power: int):
     """name -> the gradient sum of a matrix, as a calibration has it."""
-    return accumulate_gradients(model, {t.name: t.module for t in matrices(model)}, TEXTS, power, Reporter()).__getitem__
+    return accumulate_gradients(model, {t.name: t.module for t in matrices(model)}, {}, TEXTS, power, Reporter()).__getitem__
 
 
 @pytest.fixture(scope="module")

@@ -111,7 +111,7 @@ def run(args: argparse.Namespace) -> None:
         print(f"\n== {experiment}: {label}", file=sys.stderr, flush=True)
         task = options.get("task", GSM8K)
         # What calibrates alike shares a work folder, and calibrates once.
-        shared = work / "-".join([task.stem, str(options.get("n_samples", args.n_samples)), options.get("hessian", "gradient"), str(options.get("score") == "fisher")])
+        shared = work / "-".join([task.stem, str(options.get("n_samples", args.n_samples)), options.get("hessian", "gradient")])
         options = dict(options)
         if other := options.pop("same_bytes_as", None):
             options["target_bpw"] = next(row["bpw_linear"] for row in rows if row["name"] == other)
