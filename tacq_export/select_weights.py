@@ -37,6 +37,12 @@ def count_patterns(scores: dict[str, torch.Tensor]) -> torch.Tensor:
     return torch.stack([torch.bincount(_patterns(s) >> 16, minlength=1 << 15).cpu() for s in scores.values()])
 
 
+def count_lower_halves(score: torch.Tensor, high: int) -> torch.Tensor:
+    """int64 [65536]: how many saliencies whose upper half is `high` have each lower half."""
+    patterns = _patterns(score)
+    return torch.bincount(patterns[(patterns >> 16) == high] & 0xFFFF, minlength=1 << 16).cpu()
+
+
 def global_top(scores: dict[str, torch.Tensor], n_keep: int) -> dict[str, torch.Tensor]:
     """{name: int64 flat indices, ascending} of the `n_keep` largest saliencies of all tensors together.
 
@@ -51,10 +57,7 @@ def global_top(scores: dict[str, torch.Tensor], n_keep: int) -> dict[str, torch.
     at_least = upper.flip(0).cumsum(0).flip(0)  # [h]: saliencies whose upper half is h or more
     high = int((at_least >= n_keep).nonzero().max())
     above = int(at_least[high + 1]) if high + 1 < len(at_least) else 0
-    lower = torch.zeros(1 << 16, dtype=torch.int64)
-    for score in scores.values():
-        patterns = _patterns(score)
-        lower += torch.bincount(patterns[(patterns >> 16) == high] & 0xFFFF, minlength=1 << 16).cpu()
+    lower = sum(count_lower_halves(score, high) for score in scores.values())
     at_least = lower.flip(0).cumsum(0).flip(0) + above
     low = int((at_least >= n_keep).nonzero().max())
     border = (high << 16) | low
@@ -92,22 +95,30 @@ def _linear_bytes(shapes: dict[str, tuple[int, int]], base: TensorType, counts: 
 def keep_for_target(scores: dict[str, torch.Tensor], shapes: dict[str, tuple[int, int]], base: TensorType, target_bpw: float) -> int:
     """How many weights of the global top can be kept so that the linear matrices take at most `target_bpw` bits per weight.
 
-    Found by bisection over the borders between upper halves of bit patterns, which lie 0.8 % apart. Raises TacqError if the
-    base alone takes more.
+    Found by bisection over the borders between bit patterns, first of their upper halves, then of the lower ones of the first upper half that
+    is too much. Raises TacqError if the base alone takes more.
     """
     n_weights = sum(rows * columns for rows, columns in shapes.values())
     budget = target_bpw * n_weights / 8
     if _linear_bytes(shapes, base, [0] * len(shapes)) > budget:
         raise TacqError(f"--target-bpw {target_bpw:g} is less than the {base.bits_per_weight:g} bits per weight of {base.name} alone; raise it.")
-    counts = count_patterns(scores).flip(1).cumsum(1)  # [:, i]: saliencies within the i + 1 highest upper halves
-    fits, too_much = -1, counts.shape[1]
-    while too_much - fits > 1:
-        middle = (fits + too_much) // 2
-        if _linear_bytes(shapes, base, counts[:, middle].tolist()) <= budget:
-            fits = middle
-        else:
-            too_much = middle
-    return int(counts[:, fits].sum()) if fits >= 0 else 0
+
+    def most(counts: torch.Tensor, already: torch.Tensor) -> tuple[torch.Tensor, int]:
+        """(of each tensor the saliencies of the highest patterns that fit beside `already`, the first pattern that does not)"""
+        within = already[:, None] + counts.flip(1).cumsum(1)  # [:, i]: with the i + 1 highest patterns
+        fits, too_much = -1, within.shape[1]
+        while too_much - fits > 1:
+            middle = (fits + too_much) // 2
+            if _linear_bytes(shapes, base, within[:, middle].tolist()) <= budget:
+                fits = middle
+            else:
+                too_much = middle
+        return within[:, fits] if fits >= 0 else already, within.shape[1] - 1 - too_much
+
+    kept, high = most(count_patterns(scores), torch.zeros(len(scores), dtype=torch.int64))
+    if high >= 0:
+        kept, _ = most(torch.stack([count_lower_halves(score, high) for score in scores.values()]), kept)
+    return int(kept.sum())
 
 
 def select_weights(scores: dict[str, torch.Tensor], base: TensorType, n_keep: int) -> dict[str, TensorSelection]:

@@ -144,10 +144,18 @@ def test_the_target_is_not_exceeded_and_one_step_more_would(base, above):
     n = keep_for_target(scores, {name: tuple(s.shape) for name, s in scores.items()}, base, target)
     assert linear_bits(scores, n, base) <= target
     flat = np.concatenate([s.reshape(-1).numpy() for s in scores.values()])
-    upper = np.sort(flat.view(np.uint32) >> 16)[::-1]
-    assert n == 0 or n == len(upper) or upper[n - 1] > upper[n], "not at a border between upper halves"
-    following = int((upper >= upper[n]).sum())
+    order = np.sort(flat)[::-1]
+    assert n == 0 or n == len(order) or order[n - 1] > order[n], "not at a border between saliencies"
+    following = int((order >= order[n]).sum())
     assert linear_bits(scores, following, base) > target
+
+
+def test_saliencies_that_are_all_alike_fill_the_target_too():
+    """Uniform ones: the highest two upper halves hold 0.4 % each, more than a section of the first size has room for."""
+    g = torch.Generator().manual_seed(2)
+    scores = {name: torch.rand(1536, 576, generator=g) for name in "ab"}
+    n = keep_for_target(scores, {name: (1536, 576) for name in scores}, TACQ2, 2.4)
+    assert linear_bits(scores, n, TACQ2) == 2.375 and 0.98 * 2 * room(1536, 576, 1) < n <= 2 * room(1536, 576, 1)
 
 
 def test_a_target_beyond_all_densities_keeps_as_much_as_fits():
