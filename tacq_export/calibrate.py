@@ -1,7 +1,7 @@
 """What the task says about the model, gathered once and kept on disk: gradients, and Hessians of every matrix's inputs.
 
 One backward pass an example gives the loss gradient dL/dy of every token at the outputs y of every matrix and, for a score that is made
-of them, the gradient sums of its weights (which take half as long again, and as much memory as the model). A token whose outputs the loss hardly feels need not be computed well, so each counts in the
+of them, the gradient sums of its weights (which take as much memory as the model). A token whose outputs the loss hardly feels need not be computed well, so each counts in the
 Hessian H = sum_t w_t x_t x_t^T with a weight w_t = |dL/dy_t|, as a share of the mean. With |dL/dy_t|^2, H would be the
 Fisher information's factor (GuidedQuant, arXiv 2505.07004); one label a token is a noisy estimate of it, and the root does
 better than both that and equal weights (tools/LOG.md).
