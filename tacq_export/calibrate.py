@@ -39,6 +39,7 @@ from .write_gguf import written_atomically
 
 # Goes up when what the files below hold is computed otherwise: a work folder of an older number calibrates again.
 CALIBRATION_VERSION = 2
+OUTPUTS = "outputs.safetensors"
 EMBEDDING_OUTPUT = "embedding"  # under this name the statistics of what the embedding puts out
 
 
@@ -50,16 +51,13 @@ class Calibration:
     groups: list[list[LinkedTensor]]
     n_tokens: int
 
-    def gradients_file(self, power: int) -> Path:
-        return self.folder / f"gradients-{power}.safetensors"
-
     def gradient(self, name: str, power: int) -> torch.Tensor:
         """float32 [rows, columns]: the gradient sum of a matrix."""
-        return _read(self.gradients_file(power), name)
+        return _read(gradients_file(self.folder, power), name)
 
     def row_energy(self, name: str) -> torch.Tensor:
         """float32 [rows]: sum over tokens of the squared loss gradient at each output; L is the sum of a text's token losses."""
-        return _read(self.folder / "outputs.safetensors", f"{name}/rows")
+        return _read(self.folder / OUTPUTS, f"{name}/rows")
 
     def hessian(self, group: int) -> torch.Tensor:
         """float32 [columns, columns]: sum over tokens of w_t x_t x_t^T, the mean of w_t being 1."""
@@ -67,7 +65,7 @@ class Calibration:
 
     def token_energy(self, name: str) -> torch.Tensor:
         """float32 [tokens of all texts]: the squared loss gradient at the outputs of each token."""
-        return _read(self.folder / "outputs.safetensors", f"{name}/tokens")
+        return _read(self.folder / OUTPUTS, f"{name}/tokens")
 
     def token_weights(self, group: int) -> torch.Tensor:
         """float32 [tokens of all texts]: w_t of a group of matrices, mean 1."""
@@ -116,6 +114,10 @@ class Calibration:
         return found
 
 
+def gradients_file(folder: Path, power: int) -> Path:
+    return folder / f"gradients-{power}.safetensors"
+
+
 def _read(path: Path, key: str) -> torch.Tensor:
     with safe_open(path, "pt") as file:
         return file.get_tensor(key).clone()  # its own memory: the tensor would hold a mapping of the whole file
@@ -145,17 +147,25 @@ def measure_gradients(
     reporter: Reporter,
 ) -> None:  # fmt: skip
     """The files of the backward passes that are not there yet; of the gradient sums, those of the score."""
-    outputs, power = calibration.folder / "outputs.safetensors", gradient_power(config.score)
-    gradients = None if power is None or calibration.gradients_file(power).is_file() else calibration.gradients_file(power)
-    if outputs.is_file() and gradients is None:
+    outputs, power = calibration.folder / OUTPUTS, gradient_power(config.score)
+    of_weights, of_outputs = {}, {}
+    if needs_gradients(config.score, calibration.folder):
+        of_weights = {t.name: t.module for t in loaded.linear}
+    if not outputs.is_file():
+        of_outputs = {t.name: t.module for t in [*loaded.linear, head]} | {EMBEDDING_OUTPUT: loaded.embedding.module}
+    if not of_weights and not of_outputs:
         return
-    of_outputs = {t.name: t.module for t in [*loaded.linear, head]} | {EMBEDDING_OUTPUT: loaded.embedding.module}
-    of_weights = {} if gradients is None else {t.name: t.module for t in loaded.linear}
     found = accumulate_gradients(loaded.model, of_weights, of_outputs, texts, power or 1, reporter, config.precision == "bf16", begins)
-    for path, names in ((gradients, of_weights), (outputs, found.keys() - of_weights)):
-        if path is not None and not path.is_file():
+    for path, names in ((gradients_file(calibration.folder, power), of_weights), (outputs, found.keys() - of_weights)):
+        if names:
             with written_atomically(path) as partial:
                 save_file({name: found[name].cpu().contiguous() for name in sorted(names)}, partial)
+
+
+def needs_gradients(score: str, folder: Path) -> bool:
+    """True if the gradient sums of a score are still to be made."""
+    power = gradient_power(score)
+    return power is not None and not gradients_file(folder, power).is_file()
 
 
 def measure_groups(
@@ -198,9 +208,7 @@ def disk_bytes(loaded: LoadedModel, head: LinkedTensor, score: str, folder: Path
     """What is still to be written into `folder`, or more: matrices with the same input share a Hessian."""
     have = sum(path.stat().st_size for path in folder.glob("hessians/*.safetensors"))
     hessians = sum(4.0 * t.shape[1] ** 2 for t in [*loaded.linear, head])
-    power = gradient_power(score)
-    missing = power is not None and not (folder / f"gradients-{power}.safetensors").is_file()
-    return max(hessians - have, 0.0) + 4.0 * loaded.n_linear * missing
+    return max(hessians - have, 0.0) + 4.0 * loaded.n_linear * needs_gradients(score, folder)
 
 
 def token_weights(of_each: Sequence[torch.Tensor]) -> torch.Tensor:
