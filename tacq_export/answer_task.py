@@ -11,7 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from .errors import TacqError
-from .generate import generate
+from .generate import PARALLEL, generate
 from .load_model import make_reference
 from .load_task import gguf_tokenizer, load_task, prompt_tokens
 from .reporting import Reporter
@@ -19,7 +19,7 @@ from .write_gguf import written_atomically
 
 
 def answer_task(
-    model: str, task_file: Path, outfile: Path, n_samples: int, n_predict: int, threads: int | None, reporter: Reporter, parallel: int = 8
+    model: str, task_file: Path, outfile: Path, n_samples: int, n_predict: int, threads: int | None, reporter: Reporter, parallel: int = PARALLEL
 ) -> tuple[int, int]:  # fmt: skip
     """Write `outfile`: JSONL of the first `n_samples` conversations of `task_file`, the last turn of each greedily answered by `model`.
 

@@ -307,7 +307,7 @@ def score_spider(
     tokenizer: PreTrainedTokenizerBase,
     threads: int | None = None,
     n_predict: int = SPIDER_TOKENS,
-    parallel: int = 8,
+    parallel: int = 8,  # slots that keep a database's schema from one question to the next: more of them would each read it again
     progress: Callable[[int, int], None] | None = None,
     backend: str = "cpu",
     first: int = 0,

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .errors import TacqError
-from .generate import generate
+from .generate import PARALLEL, generate
 from .load_task import Example, json_rows, parse_row, prompt_tokens, read_text
 
 if TYPE_CHECKING:
@@ -157,7 +157,7 @@ def score_gsm8k(
     tokenizer: PreTrainedTokenizerBase,
     threads: int | None = None,
     n_predict: int = GSM8K_TOKENS,
-    parallel: int = 8,
+    parallel: int = PARALLEL,
     progress: Callable[[int, int], None] | None = None,
     backend: str = "cpu",
     first: int = 0,
