@@ -71,6 +71,11 @@ class Calibration:
         """float32 [tokens of all texts]: w_t of a group of matrices, mean 1."""
         return token_weights([self.token_energy(t.name).sqrt() for t in self.groups[group]])
 
+    def effective_tokens(self, group: int, hessian: str) -> float:
+        """As how many tokens of equal weight those of a group's Hessian count, as `gradient` or as `plain`."""
+        weights = torch.ones(self.n_tokens) if hessian == "plain" else self.token_weights(group)
+        return effective_number(weights)
+
     def curvature(self, name: str) -> torch.Tensor:
         """float32 [rows, columns]: a_r / [H^-1]_jj, twice the loss per squared change of one weight whose row makes up for it."""
         inverse = _read(self.folder / "hessians" / f"{self.group_of(name)}.safetensors", "inverse_diagonal")
@@ -214,6 +219,13 @@ def disk_bytes(loaded: LoadedModel, head: LinkedTensor, score: str, folder: Path
 def token_weights(of_each: Sequence[torch.Tensor]) -> torch.Tensor:
     """float32 [tokens], mean 1: how much each token counts for matrices with the same input, from what it counts for each."""
     return sum(w / w.mean().clamp_min(1e-30) for w in of_each) / len(of_each)
+
+
+def effective_number(weights: torch.Tensor) -> float:
+    """As how many equal weights those of a weighted sum count: (sum w)^2 / sum w^2 (Kish 1965); all of them where all are 0."""
+    w = weights.double()
+    squares = float(w.square().sum())
+    return float(w.sum()) ** 2 / squares if squares > 0 else float(len(w))
 
 
 def accumulate_gradients(

@@ -50,7 +50,9 @@ class ExportConfig:
     token_embedding_type, output_tensor_type: None is DEFAULT_EMBEDDING_TYPE, or what target_size leaves.
     n_samples, seq_len: how many examples of the task, and to how many tokens each is cut.
     refine_sweeps: passes of coordinate descent over the codes after GPTQ; 0 leaves GPTQ's.
-    damping: share of the Hessian's mean diagonal that GPTQ adds to it.
+    damping: share of the Hessian's mean diagonal that GPTQ adds to it.  shrinkage: how much less it is believed the fewer tokens a column it was
+    made of (quantize_gptq.py).
+    compensation: how much of what the matrices before did wrong a matrix makes up for, from 0 to 1 (quantize_sequential.py).
     precision: of the matrix products of the calibration, f32 or bf16 (autocast; 2 to 3 times faster where the CPU has it).
     loss: what gradients are taken of, the whole text or the assistant's last turn alone (every example must have one).
     hessian: gradient weighs the tokens by their loss gradients (calibrate.py), plain counts all alike.
@@ -78,6 +80,8 @@ class ExportConfig:
     seq_len: int = 2048
     refine_sweeps: int = 3
     damping: float = 0.01
+    shrinkage: float = 0.5
+    compensation: float = 0.5
     loss: str = "text"
     hessian: str = "gradient"
     hessian_inputs: str = "quantized"
@@ -147,6 +151,9 @@ class ExportConfig:
             raise TacqError(f"--threads is {self.threads}, expected at least 1.")
         if not 0 < self.damping <= 1:
             raise TacqError(f"--damping is {self.damping:g}, expected more than 0 and at most 1.")
+        for name, most in (("shrinkage", 100), ("compensation", 1)):
+            if not 0 <= getattr(self, name) <= most:
+                raise TacqError(f"{self._flag(name)} is {getattr(self, name):g}, expected from 0 to {most}.")
         if not self.task.is_file():
             raise TacqError(f"There is no task file {self.task}; give a JSONL or text file of examples with --task.")
         self._check_outfile()

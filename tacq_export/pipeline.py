@@ -108,7 +108,7 @@ def reference_error(linear: list[LinkedTensor], calibration: Calibration, config
 
     def error(tensor: LinkedTensor, bits: int) -> torch.Tensor:
         if bits not in by_width:
-            by_width[bits] = gptq_error(bits, calibration, {t.name for t in linear}, config.damping, reporter)
+            by_width[bits] = gptq_error(bits, calibration, {t.name for t in linear}, config, reporter)
         return by_width[bits][tensor.name].float()
 
     return error

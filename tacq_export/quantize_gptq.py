@@ -8,6 +8,10 @@ The loss is tr(D H D^T) with D the error of the matrix and H the second moment o
 2. Coordinate descent (QuantEase, arXiv 2309.01885) with everything else held still, `sweeps` times over all groups: codes and
    scale bytes now see the errors of all columns.
 
+Tokens are few, and H exaggerates how inputs go together: what the code of one weight does wrong is made good by codes of others, on these
+tokens only. `shrink` adds to each element of the diagonal a share of itself, as if correlations were smaller: a ridge in units of
+each input (Schaefer and Strimmer 2005 shrink covariances so), and the larger, the more columns there are for a token.
+
 A kept weight takes the value of least loss; what is stored is its difference to its base value.
 """
 
@@ -49,6 +53,12 @@ def damped_hessian(hessian: torch.Tensor, damping: float) -> torch.Tensor:
     diagonal[diagonal == 0] = 1.0
     diagonal += damping * diagonal.mean()
     return h
+
+
+def shrink(hessian: torch.Tensor, tokens: float, shrinkage: float) -> torch.Tensor:
+    """H + share * diag(H), in place, with share = shrinkage * columns / tokens. tokens: how many H was made of, those of equal weight."""
+    hessian.diagonal().mul_(1 + shrinkage * len(hessian) / tokens)
+    return hessian
 
 
 def inverse_hessian_cholesky(hessian: torch.Tensor, damping: float, name: str = "") -> torch.Tensor:

@@ -14,7 +14,7 @@ from .config import ExportConfig
 from .fit_groups import dequantize_groups, round_to_nearest
 from .load_model import LinkedTensor, LoadedModel
 from .pack_tensor import QuantizedTensor, dequantize_tensor, pack_tensor
-from .quantize_gptq import GptqResult, inverse_hessian_cholesky, quantize_gptq
+from .quantize_gptq import GptqResult, inverse_hessian_cholesky, quantize_gptq, shrink
 from .quantize_sequential import quantize_in_order
 from .reporting import Reporter
 from .select_weights import TensorSelection
@@ -92,7 +92,7 @@ def quantize_matrices(
 
     if config.hessian_inputs == "quantized" and any(wanted(t) for t in loaded.linear):
         quantize_in_order(loaded, calibration, texts, config, wanted, visit, lambda t: finished_weights(t, work), reporter)
-    for_each_hessian(calibration, wanted, config.damping, visit, reporter)  # the head, or all
+    for_each_hessian(calibration, wanted, config, visit, reporter)  # the head, or all
 
 
 def quantize_rows(
@@ -123,15 +123,15 @@ def tensor_line(tensor: LinkedTensor, facts: dict, seconds: float) -> str:
 
 
 def for_each_hessian(
-    calibration: Calibration, wanted: Callable[[LinkedTensor], bool], damping: float,
+    calibration: Calibration, wanted: Callable[[LinkedTensor], bool], config: ExportConfig,
     visit: Callable[[LinkedTensor, torch.Tensor, torch.Tensor], None], reporter: Reporter,
 ) -> None:  # fmt: skip
-    """visit(tensor, hessian, inverse Cholesky) for every wanted tensor, in the order in which the model runs them."""
+    """visit(tensor, hessian shrunk, its inverse Cholesky) for every wanted tensor, in the order in which the model runs them."""
     groups = [(k, chosen) for k, group in enumerate(calibration.groups) if (chosen := [t for t in group if wanted(t)])]
     total, done = sum(len(chosen) for _, chosen in groups), 0
     for k, group in groups:
-        hessian = calibration.hessian(k)
-        upper = inverse_hessian_cholesky(hessian, damping, group[0].name)
+        hessian = shrink(calibration.hessian(k), calibration.effective_tokens(k, config.hessian), config.shrinkage)
+        upper = inverse_hessian_cholesky(hessian, config.damping, group[0].name)
         for tensor in group:
             visit(tensor, hessian, upper)
             done += 1
@@ -144,15 +144,15 @@ def rounding_error(tensor: LinkedTensor, bits: int) -> torch.Tensor:
     return weight - dequantize_groups(bits, *round_to_nearest(bits, weight))
 
 
-def gptq_error(bits: int, calibration: Calibration, names: set[str], damping: float, reporter: Reporter) -> dict[str, torch.Tensor]:
+def gptq_error(bits: int, calibration: Calibration, names: set[str], config: ExportConfig, reporter: Reporter) -> dict[str, torch.Tensor]:
     """{name: W - Q(W)} by GPTQ without kept weights, held as F16."""
     errors: dict[str, torch.Tensor] = {}
 
     def visit(tensor: LinkedTensor, hessian: torch.Tensor, upper: torch.Tensor) -> None:
-        result = quantize_gptq(bits, tensor.weight, hessian, None, damping, tensor.name, upper)
+        result = quantize_gptq(bits, tensor.weight, hessian, None, config.damping, tensor.name, upper)
         errors[tensor.name] = (tensor.weight.cpu() - dequantize_groups(bits, result.codes, result.scale_bytes)).half()
 
-    for_each_hessian(calibration, lambda t: t.name in names, damping, visit, reporter)
+    for_each_hessian(calibration, lambda t: t.name in names, config, visit, reporter)
     return errors
 
 

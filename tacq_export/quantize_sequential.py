@@ -6,8 +6,9 @@ sum_t w_t |W x_t - Q z_t|^2 is small. That is tr((V - Q) H (V - Q)^T) and a cons
     H = sum_t w_t z_t z_t^T,    V = W + W C H^-1,    C = sum_t w_t (x_t - z_t) z_t^T
 
 so GPTQ gets H and, in place of W, the target V, in which each matrix makes up for what those before it did wrong (GPTAQ,
-arXiv 2504.02692). The official TaCQ, as GPTQ's code, has H of the quantized model's inputs too, but W as the target. tools/LOG.md
-has what each is worth.
+arXiv 2504.02692). V is fitted to few tokens, and W is no bad guess: the target goes only a part of the way to it, the
+`compensation`, and H is shrunk first (quantize_gptq.py). The official TaCQ, as GPTQ's code, has H of the quantized model's inputs
+too, but W as the target. tools/LOG.md has what each is worth.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from .collect_inputs import Done, add_products, add_to_lower, hooked, input_rows
 from .config import ExportConfig
 from .errors import TacqError
 from .load_model import LinkedTensor, LoadedModel
-from .quantize_gptq import inverse_hessian_cholesky
+from .quantize_gptq import inverse_hessian_cholesky, shrink
 from .reporting import Reporter
 from .walk_blocks import BlockWalk, block_name, blocks_of
 
@@ -34,9 +35,9 @@ class Seen:
     hessian: torch.Tensor
     cross: dict[str, torch.Tensor]
 
-    def target(self, tensor: LinkedTensor, upper: torch.Tensor) -> torch.Tensor:
-        """V = W + W C H^-1, float32 [rows, columns]; upper: U with U^T U = H^-1."""
-        return tensor.weight + (self.cross[tensor.name] @ upper.t()) @ upper
+    def target(self, tensor: LinkedTensor, upper: torch.Tensor, compensation: float) -> torch.Tensor:
+        """W + compensation * W C H^-1, float32 [rows, columns]; upper: U with U^T U = H^-1."""
+        return tensor.weight + compensation * (self.cross[tensor.name] @ upper.t()) @ upper
 
 
 class QuantizedWalk(BlockWalk):
@@ -88,7 +89,7 @@ def quantize_in_order(
     wanted: Callable[[LinkedTensor], bool], visit: Callable[[LinkedTensor, torch.Tensor, torch.Tensor, torch.Tensor], None],
     quantized: Callable[[LinkedTensor], torch.Tensor | None], reporter: Reporter,
 ) -> None:  # fmt: skip
-    """visit(tensor, hessian, inverse Cholesky, target) for every wanted matrix in a block, in the order in which the model runs them.
+    """visit(tensor, hessian shrunk, its inverse Cholesky, target) for every wanted matrix in a block, in the order in which the model runs them.
 
     quantized(tensor): the weights [rows, columns] that the model goes on with, wanted or not; None leaves them as they are.
     Modules hold the new weights afterwards.
@@ -108,9 +109,10 @@ def quantize_in_order(
         for k, group, chosen in of_block:
             if chosen:
                 seen = walk.see(chosen, calibration.token_weights(k) if config.hessian == "gradient" else None)
+                shrink(seen.hessian, calibration.effective_tokens(k, config.hessian), config.shrinkage)
                 upper = inverse_hessian_cholesky(seen.hessian, config.damping, group[0].name)
             for tensor in chosen:
-                visit(tensor, seen.hessian, upper, seen.target(tensor, upper))
+                visit(tensor, seen.hessian, upper, seen.target(tensor, upper, config.compensation))
                 done += 1
                 reporter.progress(done, total, "quantizing")
             for tensor in group:

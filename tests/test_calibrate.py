@@ -12,7 +12,7 @@ import safetensors
 import torch
 
 from tacq_export import calibrate as module
-from tacq_export.calibrate import EMBEDDING_OUTPUT, Calibration, accumulate_gradients, calibrate, disk_bytes, token_weights
+from tacq_export.calibrate import EMBEDDING_OUTPUT, Calibration, accumulate_gradients, calibrate, disk_bytes, effective_number, token_weights
 from tacq_export.config import ExportConfig
 from tacq_export.errors import TacqError
 from tacq_export.load_model import LinkedTensor
@@ -174,6 +174,13 @@ def test_token_weights_are_the_mean_of_shares_of_the_mean():
     assert float(found.mean()) == pytest.approx(1.0, rel=1e-6)
     np.testing.assert_allclose(token_weights([1e-4 * first]).numpy(), token_weights([first]).numpy(), rtol=1e-6)
     assert torch.equal(token_weights([torch.zeros(3)]), torch.zeros(3)), "no division by 0"
+
+
+def test_the_effective_number_of_weights_is_that_of_equal_ones():
+    assert effective_number(torch.full((7,), 0.3)) == pytest.approx(7)
+    assert effective_number(torch.tensor([5.0, 0, 0, 5, 0])) == pytest.approx(2)
+    assert effective_number(torch.tensor([1.0, 2, 3])) == pytest.approx(36 / 14)
+    assert effective_number(torch.zeros(4)) == 4, "nothing depends on these tokens: no division by 0"
 
 
 def linked(load_tiny, architecture):

@@ -185,7 +185,7 @@ def test_the_help_of_an_export_names_every_option_and_its_true_default(capsys):
     for field in dataclasses.fields(ExportConfig):
         flag = {"tensor_types": "--tensor-type"}.get(field.name, "--" + field.name.replace("_", "-"))  # given once for each
         assert field.name == "model" or flag in text, field.name
-    for flag in ("score", "reference", "loss", "hessian", "precision", "n_samples", "seq_len", "damping", "seed", "device"):
+    for flag in ("score", "reference", "loss", "hessian", "precision", "n_samples", "seq_len", "damping", "shrinkage", "compensation", "seed", "device"):
         default = next(f.default for f in dataclasses.fields(ExportConfig) if f.name == flag)
         said = re.search(rf"--{flag.replace('_', '-')} [A-Z]\w* .*?\(default:? ([\w.]+)\)", text)
         assert said and said[1] == str(default), flag
@@ -203,7 +203,7 @@ def test_every_option_reaches_the_configuration(monkeypatch, here):
     monkeypatch.setattr("tacq_export.pipeline.export", lambda config, reporter: seen.append(config))
     options = dict(
         score="fisher", reference="gptq", target_bpw=3.5, base_type="tacq3", token_embedding_type="f16", output_tensor_type="q8_0", n_samples=5,
-        seq_len=99, damping=0.5, device="cpu", seed=7, threads=2, workdir="w", hessian="plain", loss="answer", precision="bf16", refine_sweeps=1,
+        seq_len=99, damping=0.5, shrinkage=1.5, compensation=0.75, device="cpu", seed=7, threads=2, workdir="w", hessian="plain", loss="answer", precision="bf16", refine_sweeps=1,
     )  # fmt: skip
     argv = [text for key, value in options.items() for text in ("--" + key.replace("_", "-"), str(value))]
     assert cli.main(["export", "model.gguf", "--task", "task.jsonl", "--outfile", "o.gguf", *argv, "--force", "--dry-run"]) == 0

@@ -34,7 +34,7 @@ def test_the_defaults_are_valid(make):
         {"tensor_types": ("ffn_(down|up)=tacq2_s16", r"^blk\.[0-3]\.=TACQ4_S1")}, {"no_kept": True}, {"no_kept": True, "ratio": 0.0}, {"refine_sweeps": 0},
         {"ratio": 0.01, "base_type": "tacq4"}, {"target_bpw": 5.0, "no_kept": True, "base_type": "tacq3"},
         {"ratio": 0.0}, {"ratio": 0.05}, {"target_bpw": 2.25}, {"target_bpw": 6.25}, {"target_bpw": 4.25, "base_type": "tacq4"},
-        {"n_samples": 1}, {"seq_len": 8}, {"seed": 0}, {"threads": 1}, {"damping": 1.0}, {"damping": 1e-9},
+        {"n_samples": 1}, {"seq_len": 8}, {"seed": 0}, {"threads": 1}, {"damping": 1.0}, {"damping": 1e-9}, {"shrinkage": 0.0, "compensation": 1.0}, {"shrinkage": 100.0, "compensation": 0.0},
     ],
 )  # fmt: skip
 def test_values_at_the_edge_are_accepted(make, options):
@@ -76,6 +76,7 @@ BAD = [
     ({"damping": 0.0}, "--damping is 0, expected more than 0 and at most 1."),
     ({"damping": 1.5}, "--damping is 1.5, expected more than 0 and at most 1."),
     ({"damping": math.nan}, "--damping is nan, expected more than 0 and at most 1."),
+    *(({name: value}, f"--{name} is {value:g}, expected from 0 to {most}.") for name, most in (("shrinkage", 100), ("compensation", 1)) for value in (-0.1, 101, math.nan)),
 ]
 
 
@@ -158,7 +159,7 @@ def test_the_fingerprint_has_what_decides_the_result_and_nothing_else(make, tmp_
     for options in (
         {"model": "other"}, {"task": tmp_path / "b"}, {"score": "fisher"}, {"reference": "gptq"}, {"ratio": 0.001}, {"target_bpw": 3.0},
         {"base_type": "tacq3"}, {"token_embedding_type": "f16"}, {"output_tensor_type": "f16"}, {"n_samples": 5}, {"seq_len": 9},
-        {"damping": 0.02}, {"device": "cpu"}, {"seed": 1}, {"target_size": "1G"}, {"tensor_types": ("a=f16",)}, {"hessian": "plain"},
+        {"damping": 0.02}, {"shrinkage": 0.2}, {"compensation": 1.0}, {"device": "cpu"}, {"seed": 1}, {"target_size": "1G"}, {"tensor_types": ("a=f16",)}, {"hessian": "plain"},
         {"precision": "bf16"}, {"loss": "answer"}, {"refine_sweeps": 1}, {"no_kept": True},
     ):  # fmt: skip
         assert make(**options).fingerprint() != base, options
@@ -169,7 +170,7 @@ def test_the_calibrations_fingerprint_has_what_decides_gradients_and_hessians_an
     for options in (
         {"outfile": tmp_path / "b.gguf"}, {"workdir": tmp_path / "w"}, {"force": True}, {"threads": 2}, {"target_bpw": 3.0}, {"target_size": "1G"}, {"ratio": 0.01},
         {"base_type": "tacq3"}, {"tensor_types": ("a=f16",)}, {"token_embedding_type": "f16"}, {"output_tensor_type": "f16"}, {"refine_sweeps": 0},
-        {"damping": 0.5}, {"seed": 1}, {"reference": "gptq"}, {"no_kept": True}, {"score": "magnitude"}, {"score": "tacq-no-error"}, {"score": "fisher"},
+        {"damping": 0.5}, {"shrinkage": 0.5}, {"compensation": 1.0}, {"seed": 1}, {"reference": "gptq"}, {"no_kept": True}, {"score": "magnitude"}, {"score": "tacq-no-error"}, {"score": "fisher"},
     ):  # fmt: skip
         assert make(**options).calibration_fingerprint() == base, options
     for options in (

@@ -12,7 +12,7 @@ from tacq_export.config import ExportConfig
 from tacq_export.errors import TacqError
 from tacq_export.fit_groups import dequantize_groups, round_to_nearest
 from tacq_export.pipeline import export
-from tacq_export.quantize_gptq import inverse_hessian_cholesky, quantize_gptq
+from tacq_export.quantize_gptq import inverse_hessian_cholesky, quantize_gptq, relative_error, shrink
 from tacq_export.write_gguf import open_gguf, tensor_values
 
 ROWS, COLUMNS, DAMPING = 16, 192, 0.01  # six groups
@@ -201,6 +201,24 @@ def test_an_input_that_is_never_used_does_not_disturb():
     assert torch.isfinite(values).all() and 0 < result.error < 0.05
     everything = quantize_gptq(3, weights, torch.zeros(COLUMNS, COLUMNS), None, DAMPING)
     assert torch.isfinite(dequantize_groups(3, everything.codes, everything.scale_bytes)).all()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_a_shrunk_hessian_of_few_inputs_gives_less_error_on_others(bits):
+    """Inputs of one correlated distribution: quantized with the Hessian of 1.5 times as many as there are columns, the error on 20,000 others falls by a twentieth at the least (here a tenth)."""
+    rng = np.random.default_rng(68)
+    mixing = rng.normal(0, 1, (COLUMNS, COLUMNS)) / np.sqrt(COLUMNS) + np.eye(COLUMNS)
+    few, many = (torch.from_numpy(rng.normal(0, 1, (n, COLUMNS)) @ mixing).float() for n in (COLUMNS * 3 // 2, 20_000))
+    weights, elsewhere = torch.from_numpy(rng.normal(0, 0.02, (96, COLUMNS))).float(), many.t() @ many
+    wrong = []
+    for shrinkage in (0.0, 0.5):
+        hessian = few.t() @ few
+        before = hessian.clone()
+        assert shrink(hessian, len(few), shrinkage) is hessian
+        np.testing.assert_allclose((hessian - before).numpy(), shrinkage * COLUMNS / len(few) * torch.diag(before.diagonal()).numpy(), rtol=1e-5)
+        result = quantize_gptq(bits, weights, hessian, None, DAMPING)
+        wrong.append(relative_error(weights, dequantize_groups(bits, result.codes, result.scale_bytes), elsewhere))
+    assert wrong[1] < 0.95 * wrong[0]
 
 
 @pytest.mark.parametrize("bad", ["negative", "nan"])

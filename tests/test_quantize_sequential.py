@@ -13,7 +13,7 @@ from tacq_export.calibrate import calibrate
 from tacq_export.config import ExportConfig
 from tacq_export.errors import TacqError
 from tacq_export.load_model import LinkedTensor
-from tacq_export.quantize_gptq import inverse_hessian_cholesky
+from tacq_export.quantize_gptq import inverse_hessian_cholesky, shrink
 from tacq_export.quantize_model import finished_weights, from_gguf_rows, head_tensor, quantize_matrices, to_gguf_rows
 from tacq_export.quantize_sequential import QuantizedWalk, Seen, quantize_in_order
 from tacq_export.reporting import Reporter
@@ -78,17 +78,22 @@ def _siblings(tensors, tensor) -> list[LinkedTensor]:
     return [tensor]
 
 
-def test_the_target_is_the_weighted_least_squares_solution():
-    """V minimizes sum_t w_t |W x_t - V z_t|^2 + damping |V - W|^2."""
+@pytest.mark.parametrize("shrinkage", [0.0, 0.3])
+def test_the_target_is_the_weighted_least_squares_solution(shrinkage):
+    """V minimizes sum_t w_t |W x_t - V z_t|^2 + (V - W) D (V - W)^T, where D is diagonal, damping and shrinkage; with half the compensation the target lies half way."""
     rng = np.random.default_rng(4)
     x = rng.normal(0, 1, (50, 64))
     z, w, weight = x + rng.normal(0, 0.3, x.shape), rng.exponential(1, 50), rng.normal(0, 1, (7, 64))
     h, c = np.einsum("t,ti,tj->ij", w, z, z), np.einsum("t,ti,tj->ij", w, x - z, z)
-    seen = Seen(torch.from_numpy(h).float(), {"w": torch.from_numpy(weight @ c).float()})
-    found = seen.target(SimpleNamespace(name="w", weight=torch.from_numpy(weight).float()), inverse_hessian_cholesky(seen.hessian, 0.05)).double().numpy()
-    # Stationary: sum_t w_t (V z_t - W x_t) z_t^T + damping (V - W) = 0
-    pull = np.einsum("t,tr,tj->rj", w, z @ found.T - x @ weight.T, z) + 0.05 * np.diag(h).mean() * (found - weight)
+    seen = Seen(shrink(torch.from_numpy(h).float(), 32, shrinkage), {"w": torch.from_numpy(weight @ c).float()})
+    tensor, upper = SimpleNamespace(name="w", weight=torch.from_numpy(weight).float()), inverse_hessian_cholesky(seen.hessian, 0.05)
+    found = seen.target(tensor, upper, 1.0).double().numpy()
+    # Stationary: sum_t w_t (V z_t - W x_t) z_t^T + (V - W) D = 0
+    diagonal = 2 * shrinkage * np.diag(h) + 0.05 * (1 + 2 * shrinkage) * np.diag(h).mean()  # 64 columns, 32 tokens
+    pull = np.einsum("t,tr,tj->rj", w, z @ found.T - x @ weight.T, z) + diagonal * (found - weight)
     assert np.abs(pull).max() < 1e-4 * np.abs(weight @ h).max()
+    np.testing.assert_allclose(seen.target(tensor, upper, 0.5).numpy(), (weight + found) / 2, atol=1e-6 * np.abs(weight).max())
+    np.testing.assert_array_equal(seen.target(tensor, upper, 0.0), tensor.weight)
 
 
 def quantized_model(loaded, tmp_path, hessian_inputs: str, bits: int = 2, hessian: str = "plain"):

@@ -135,7 +135,7 @@ def calibrated_again(monkeypatch) -> dict[str, list]:
     "options",
     [
         {"ratio": 0.01}, {"ratio": None, "target_bpw": 3.0}, {"ratio": None, "target_size": 80_000}, {"base_type": "tacq3"}, {"seed": 1, "score": "random"},
-        {"refine_sweeps": 0, "damping": 0.05}, {"token_embedding_type": "f16", "output_tensor_type": "q8_0"}, {"tensor_types": ("ffn_down=tacq4",)}, {"score": "tacq", "reference": "gptq"},
+        {"refine_sweeps": 0, "damping": 0.05, "shrinkage": 0.0, "compensation": 1.0}, {"token_embedding_type": "f16", "output_tensor_type": "q8_0"}, {"tensor_types": ("ffn_down=tacq4",)}, {"score": "tacq", "reference": "gptq"},
         {"score": "fisher"},
     ],
     ids=str,
@@ -238,7 +238,7 @@ def snapshot(folder) -> dict:
     [
         ({"score": "fisher"}, "score: then obs, now fisher"), ({"ratio": 0.01}, "ratio: then 0.02, now 0.01"), ({"seed": 1}, "seed: then 0, now 1"),
         ({"n_samples": 2}, "n_samples: then 3, now 2"), ({"seq_len": 16}, "seq_len: then 32, now 16"), ({"base_type": "tacq3"}, "base_type: then None, now tacq3"),
-        ({"damping": 0.02}, "damping: then 0.01, now 0.02"), ({"reference": "gptq"}, "reference: then rtn, now gptq"),
+        ({"damping": 0.02}, "damping: then 0.01, now 0.02"), ({"shrinkage": 0.3}, "shrinkage: then 0.5, now 0.3"), ({"compensation": 1.0}, "compensation: then 0.5, now 1.0"), ({"reference": "gptq"}, "reference: then rtn, now gptq"),
         ({"ratio": None, "target_size": "1G"}, "ratio: then 0.02, now None"), ({"hessian": "plain"}, "hessian: then gradient, now plain"),
         ({"precision": "bf16"}, "precision: then f32, now bf16"), ({"tensor_types": ("ffn=f16",)}, "tensor_types: then (), now ('ffn=f16',)"),
         ({"token_embedding_type": "f16"}, "token_embedding_type: then None, now f16"),

@@ -8,10 +8,11 @@ Every row is written as soon as it is measured; the same command goes on. Experi
     density      kept weights against the same bytes spent on wider types: TACQ2 with more and more kept, and of the same size
                  what the allocator makes, with and without kept weights; and how well it predicts all of them
     scores       which weights are kept: the scores of tacq-export, at equal bytes, TACQ2 everywhere
-    quantizer    sweeps of coordinate descent, damping, token weights, inputs of the quantized model, norms and biases tuned
+    quantizer    sweeps of coordinate descent, damping, shrinkage, token weights, norms and biases tuned; inputs of the quantized model and how
+                 much is made up for, with the default calibration and with 32 examples
     calibration  how many examples, or all in windows of 2,048 tokens; another task's and general text (needs --data), alone and mixed in
 
-All rows have the KL, perplexity and top-1 on GSM8K, those of `calibration` also on Spider and wikitext2 (with --data). All but the row that says so have --hessian-inputs float, which takes a third of the time: rows are to be compared with each other.
+All rows have the KL, perplexity and top-1 on GSM8K, those of `calibration` also on Spider and wikitext2 (with --data). All but the rows that say so have --hessian-inputs float, which takes a third of the time: rows are to be compared with each other.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ DATA = TOOLS / "data"
 RATIOS = (0.001, 0.002, 0.004, 0.008, 0.016)
 GSM8K = DATA / "gsm8k-train-128.jsonl"
 MIXED = (0.1, 0.25)
+GUARDS = [(1, 0), (1, 0.5), (0.5, 0), (0.5, 0.5), (0.5, 1), (0.25, 0.5)]  # compensation and shrinkage: two ways not to believe few examples too much
 KEEP = {"may keep": True, "none kept": False}
 
 
@@ -72,7 +74,11 @@ def experiments(data: Path | None, made: Path) -> list[tuple[str, str, dict]]:
     found += [("quantizer", f"{n} sweeps", {"refine_sweeps": n}) for n in (3, 0, 1, 6)]
     found += [("quantizer", f"damping {d:g}", {"damping": d}) for d in (0.003, 0.03)]
     found += [("quantizer", "equal token weights", {"hessian": "plain"})]
-    found += [("quantizer", "inputs of the quantized model", {"hessian_inputs": "quantized"})]
+    found += [("quantizer", f"shrinkage {s:g}", {"shrinkage": s}) for s in (0, 0.25, 1)]
+    for n in (None, 32):
+        few = {} if n is None else {"n_samples": n}
+        of = "" if n is None else f", {n} examples"
+        found += [("quantizer", f"inputs of the quantized model, compensation {c:g}, shrinkage {s:g}{of}", {"hessian_inputs": "quantized", "compensation": c, "shrinkage": s} | few) for c, s in GUARDS]
     found += [("quantizer", "norms and biases tuned", {"tune": True})]
     found += [("calibration", "128 examples of the task", {"n_samples": 128})]
     if data:
