@@ -75,8 +75,8 @@ def export_parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument("--seq-len", type=int, default=default["seq_len"], metavar="N", help=f"each cut to N tokens (default {default['seq_len']})")
     parser.add_argument("--refine-sweeps", type=int, default=default["refine_sweeps"], metavar="N", help=f"passes of coordinate descent over codes and scales after GPTQ (default {default['refine_sweeps']}; 0 for none)")
     parser.add_argument("--damping", type=float, default=default["damping"], metavar="D", help=f"GPTQ's, as a share of the Hessian's mean diagonal (default {default['damping']})")
-    parser.add_argument("--shrinkage", type=float, default=default["shrinkage"], metavar="S", help=f"each element of the Hessian's diagonal grows by this share of itself, times columns, by tokens: few tokens exaggerate how inputs go together (default {default['shrinkage']})")
-    parser.add_argument("--compensation", type=float, default=default["compensation"], metavar="A", help=f"how much of what the matrices before did wrong each makes up for, 0 to 1, with the inputs of the quantized model (default {default['compensation']})")
+    parser.add_argument("--shrinkage", type=float, default=default["shrinkage"], metavar="S", help=f"the fewer tokens for each column, the less the Hessian is believed: its diagonal grows by S * columns / tokens times itself (default {default['shrinkage']})")
+    parser.add_argument("--compensation", type=float, default=default["compensation"], metavar="A", help=f"how much each matrix makes up for what those before it did wrong, 0 to 1; only with --hessian-inputs quantized (default {default['compensation']})")
     parser.add_argument("--loss", default=default["loss"], metavar="L", help=f"whose gradients: {', '.join(LOSSES)}; answer counts the assistant's last turn alone (default {default['loss']})")
     parser.add_argument("--hessian", default=default["hessian"], metavar="H", help=f"how tokens count in GPTQ's Hessian: {', '.join(HESSIANS)}; gradient weighs each by how much the loss depends on it (default {default['hessian']})")
     parser.add_argument(
