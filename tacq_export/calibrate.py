@@ -67,14 +67,11 @@ class Calibration:
         """float32 [tokens of all texts]: the squared loss gradient at the outputs of each token."""
         return _read(self.folder / OUTPUTS, f"{name}/tokens")
 
-    def token_weights(self, group: int) -> torch.Tensor:
-        """float32 [tokens of all texts]: w_t of a group of matrices, mean 1."""
+    def token_weights(self, group: int, hessian: str = "gradient") -> torch.Tensor:
+        """float32 [tokens of all texts]: w_t of a group of matrices, mean 1; all 1 for `plain`."""
+        if hessian == "plain":
+            return torch.ones(self.n_tokens)
         return token_weights([self.token_energy(t.name).sqrt() for t in self.groups[group]])
-
-    def effective_tokens(self, group: int, hessian: str) -> float:
-        """As how many tokens of equal weight those of a group's Hessian count, as `gradient` or as `plain`."""
-        weights = torch.ones(self.n_tokens) if hessian == "plain" else self.token_weights(group)
-        return effective_number(weights)
 
     def curvature(self, name: str) -> torch.Tensor:
         """float32 [rows, columns]: a_r / [H^-1]_jj, twice the loss per squared change of one weight whose row makes up for it."""

@@ -14,8 +14,9 @@ import numpy as np
 from .errors import TacqError
 from .llama_logits import CHUNK, LlamaModel
 
-# Sequences side by side: twice as many tokens a second as with 8 on 2 cores (1.5B, Q4_K_M); more gives little, and every one has its own cache.
+# Sequences side by side, each with its own cache in memory. 16 prompts of 64 tokens take 32 s in place of 45 with 8 (1.5B, Q4_K_M, 2 cores).
 PARALLEL = 16
+
 
 @dataclass
 class _Slot:

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from .calibrate import Calibration
+from .calibrate import Calibration, effective_number
 from .config import ExportConfig
 from .fit_groups import dequantize_groups, round_to_nearest
 from .load_model import LinkedTensor, LoadedModel
@@ -130,7 +130,8 @@ def for_each_hessian(
     groups = [(k, chosen) for k, group in enumerate(calibration.groups) if (chosen := [t for t in group if wanted(t)])]
     total, done = sum(len(chosen) for _, chosen in groups), 0
     for k, group in groups:
-        hessian = shrink(calibration.hessian(k), calibration.effective_tokens(k, config.hessian), config.shrinkage)
+        tokens = effective_number(calibration.token_weights(k, config.hessian))
+        hessian = shrink(calibration.hessian(k), tokens, config.shrinkage)
         upper = inverse_hessian_cholesky(hessian, config.damping, group[0].name)
         for tensor in group:
             visit(tensor, hessian, upper)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .calibrate import Calibration
+from .calibrate import Calibration, effective_number
 from .collect_inputs import Done, add_products, add_to_lower, hooked, input_rows, mirror, weighted_rows
 from .config import ExportConfig
 from .errors import TacqError
@@ -108,8 +108,9 @@ def quantize_in_order(
         walk.enter([chosen[0].module for _, _, chosen in of_block if chosen])
         for k, group, chosen in of_block:
             if chosen:
-                seen = walk.see(chosen, calibration.token_weights(k) if config.hessian == "gradient" else None)
-                shrink(seen.hessian, calibration.effective_tokens(k, config.hessian), config.shrinkage)
+                weights = calibration.token_weights(k, config.hessian)
+                seen = walk.see(chosen, weights)
+                shrink(seen.hessian, effective_number(weights), config.shrinkage)
                 upper = inverse_hessian_cholesky(seen.hessian, config.damping, group[0].name)
             for tensor in chosen:
                 visit(tensor, seen.hessian, upper, seen.target(tensor, upper, config.compensation))

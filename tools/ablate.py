@@ -75,9 +75,7 @@ def experiments(data: Path | None, made: Path) -> list[tuple[str, str, dict]]:
     found += [("quantizer", f"damping {d:g}", {"damping": d}) for d in (0.003, 0.03)]
     found += [("quantizer", "equal token weights", {"hessian": "plain"})]
     found += [("quantizer", f"shrinkage {s:g}", {"shrinkage": s}) for s in (0, 0.25, 1)]
-    for n in (None, 32):
-        few = {} if n is None else {"n_samples": n}
-        of = "" if n is None else f", {n} examples"
+    for of, few in (("", {}), (", 32 examples", {"n_samples": 32})):
         found += [("quantizer", f"inputs of the quantized model, compensation {c:g}, shrinkage {s:g}{of}", {"hessian_inputs": "quantized", "compensation": c, "shrinkage": s} | few) for c, s in GUARDS]
     found += [("quantizer", "norms and biases tuned", {"tune": True})]
     found += [("calibration", "128 examples of the task", {"n_samples": 128})]
