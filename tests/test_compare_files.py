@@ -18,9 +18,11 @@ from tacq_export.config import ExportConfig
 from tacq_export.emulate_stock import emulated_types, ggml_quantize, rounded_as
 from tacq_export.errors import TacqError
 from tacq_export.inspect_gguf import inspect_gguf
+from tacq_export.load_task import gguf_tokenizer, load_task, tokenize_task
 from tacq_export.pipeline import export
 from tacq_export.reporting import Reporter
 from tacq_export.score_task import TaskScore, wilson
+from tacq_export.verify_gguf import compare_models
 
 KEYS = ["name", "file_bytes", "bpw_linear", "kl", "ppl", "top1", "gsm8k", "spider", "wikitext2_ppl"]
 
@@ -57,6 +59,8 @@ def compared(config):
 
 def test_rows_of_a_comparison(config, compared, ours):
     reference, mine, *stock = compared
+    full = config.workdir / "reference-f16.gguf"
+    texts = tokenize_task(load_task(config.task), gguf_tokenizer(full), config.n_eval, 2048)
     assert [row.kind for row in compared] == ["reference", "ours", "stock", "stock"]
     assert (reference.kl, reference.top1, reference.wikitext2_kl) == (0, 1, 0) and reference.ppl > 1 and reference.wikitext2_ppl > 1
     assert mine.name == "small" and mine.file_bytes == ours.stat().st_size and mine.bpw_linear == inspect_gguf(ours).bpw_linear
@@ -66,7 +70,8 @@ def test_rows_of_a_comparison(config, compared, ours):
         types = {t.name: t.type for t in inspect_gguf(path).tensors}
         assert types["token_embd.weight"] == types["output.weight"] == "TACQ4", "embedding and head as in our file"
         assert row.file_bytes == path.stat().st_size and 0 < row.kl and 0 < row.top1 < 1 and row.n_tokens == reference.n_tokens
-    assert mine.kl > stock[1].kl, "2 bits of random weights cannot be better than 4"
+    kl = {path: compare_models(full, path, texts, 1).kl for path in (ours, config.workdir / "q4_0-tacq4-tacq4.gguf")}
+    assert [mine.kl, stock[1].kl] == pytest.approx(list(kl.values()), rel=1e-5) and mine.kl != pytest.approx(stock[1].kl, rel=1e-3), "each row is of its own file"
     assert stock[0].types == {"Q4_0": 14} and sum(stock[0].fell_back.values()) == 14 and set(stock[0].fell_back) <= {"Q2_K -> Q4_0", "Q3_K -> Q4_0"}
     assert stock[1].fell_back == {} and (stock[1].embedding, stock[1].head, reference.head) == ("TACQ4", "TACQ4", "F16")
 
