@@ -139,7 +139,7 @@ def calibrate(
     measure_gradients(loaded, head, calibration, texts, begins, config, reporter)
     if missing := [k for k in range(len(groups)) if not calibration.losses_file(k).is_file()]:
         reporter.progress(0, len(missing), "Hessians")
-        for done, _ in enumerate(measure_groups(loaded, calibration, missing, texts, config.hessian == "gradient", bf16), 1):
+        for done, _ in enumerate(measure_groups(loaded, calibration, missing, texts, config.hessian, bf16), 1):
             reporter.progress(done, len(missing), "Hessians")
     return calibration
 
@@ -171,7 +171,7 @@ def needs_gradients(score: str, folder: Path) -> bool:
 
 
 def measure_groups(
-    loaded: LoadedModel, calibration: Calibration, missing: Sequence[int], texts: Sequence[Sequence[int]], weighted: bool, bf16: bool
+    loaded: LoadedModel, calibration: Calibration, missing: Sequence[int], texts: Sequence[Sequence[int]], hessian: str, bf16: bool
 ) -> Iterator[int]:  # fmt: skip
     """Hessian, inverse diagonal and predicted losses of the `missing` groups, block by block; the head comes last. Yields each when it is on disk."""
     groups, blocks = calibration.groups, blocks_of(loaded)
@@ -182,7 +182,7 @@ def measure_groups(
         of_block = [k for k in missing if groups[k][0].name in inside]
         walk.enter([groups[k][0].module for k in of_block])
         for k in of_block:
-            measure_group(calibration, k, walk.inputs(groups[k][0].module), weighted)
+            measure_group(calibration, k, walk.inputs(groups[k][0].module), hessian)
             yield k
         walk.leave()
         left -= set(of_block)
@@ -190,14 +190,14 @@ def measure_groups(
     with walk.passed():
         inputs = collect_inputs(loaded.model, [groups[k][0].module for k in others], texts) if others else []
     for k, of_group in zip(others, inputs, strict=True):
-        measure_group(calibration, k, of_group, weighted)
+        measure_group(calibration, k, of_group, hessian)
         yield k
 
 
-def measure_group(calibration: Calibration, k: int, inputs: Sequence[torch.Tensor], weighted: bool) -> None:
-    """What lies on disk of group k. inputs: of each text, float32 [tokens, columns]."""
+def measure_group(calibration: Calibration, k: int, inputs: Sequence[torch.Tensor], how: str) -> None:
+    """What lies on disk of group k. inputs: of each text, float32 [tokens, columns]; how: tokens count in H, as --hessian says."""
     group = calibration.groups[k]
-    hessian = second_moment(inputs, calibration.token_weights(k) if weighted else None)
+    hessian = second_moment(inputs, calibration.token_weights(k, how))
     with written_atomically(calibration.folder / "hessians" / f"{k}.safetensors") as partial:
         save_file({"hessian": hessian.cpu(), "inverse_diagonal": inverse_diagonal(hessian, SAMPLE_DAMPING, group[0].name).cpu()}, partial)
     damped = damped_hessian(hessian, SAMPLE_DAMPING).cpu()

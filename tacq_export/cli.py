@@ -203,6 +203,8 @@ def run_verify(argv: list[str], prog: str) -> None:
 
 
 def run_compare(argv: list[str], prog: str) -> None:
+    from .config import LOSSES
+
     parser = argparse.ArgumentParser(
         prog=prog,
         description="Our files beside stock ones of the same size: llama-quantize with llama-imatrix on the same examples, embedding and head in the same types. "
@@ -216,6 +218,7 @@ def run_compare(argv: list[str], prog: str) -> None:
     parser.add_argument("--emulate", metavar="T,T", help="stock types, such as Q2_K,Q3_K_M, also measured as if they could hold every width, at their nominal bits per weight")
     parser.add_argument("--n-samples", type=positive, default=128, metavar="N", help="examples of --task (default 128)")
     parser.add_argument("--n-eval", type=positive, default=24, metavar="N", help="examples of --eval (default 24)")
+    parser.add_argument("--loss", choices=LOSSES, default="text", help="which of their tokens count: all, or those of the assistant's last turn alone (default text)")
     parser.add_argument("--text", metavar="FILE", help="general text, such as wikitext2: the perplexity on it is the price of the task")
     parser.add_argument("--n-windows", type=positive, default=40, metavar="N", help="windows of 512 tokens of --text (default 40)")
     parser.add_argument("--score", choices=["gsm8k", "spider", "none"], default="none", help="let each file answer examples of --eval and count what is right (default none)")
@@ -239,7 +242,7 @@ def run_compare(argv: list[str], prog: str) -> None:
     scoring = [] if args.score == "none" else [Scoring(args.score, held_out, args.n_score)]
     config = CompareConfig(
         args.model, Path(args.task), held_out, Path(args.workdir), args.file and [Path(file) for file in args.file], args.types and args.types.split(","),
-        args.emulate.split(",") if args.emulate else (), args.n_samples, args.n_eval, args.text and Path(args.text), args.n_windows, scoring,
+        args.emulate.split(",") if args.emulate else (), args.n_samples, args.n_eval, args.loss, args.text and Path(args.text), args.n_windows, scoring,
         args.embedding_type, args.embedding_type, args.threads,
     )  # fmt: skip
     rows = compare_stock(config, ConsoleReporter())

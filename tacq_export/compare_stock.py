@@ -22,7 +22,7 @@ from .emulate_stock import emulated_size, emulated_types, named, write_emulated
 from .errors import TacqError
 from .inspect_gguf import inspect_gguf
 from .load_model import make_reference
-from .load_task import SCHEMAS, Example, Task, gguf_tokenizer, load_task, read_text, render_example, tokenize_task
+from .load_task import SCHEMAS, Example, Task, gguf_tokenizer, load_task, read_text, render_example, tokenize_for_loss
 from .reporting import Reporter
 from .runtime import runtime_path
 from .runtime_source import file_sha256
@@ -56,8 +56,8 @@ class CompareConfig:
     """Options of a comparison.
 
     model: Hugging Face folder, hub id or GGUF; at F16 it is the reference.  task: calibration examples, of which the first
-    `n_samples` make the imatrix.  held_out: other examples (see load_task.py), of which `n_eval` are measured.  files: our
-    files; None means one is exported with default options, () that stock types are measured alone.  types: stock types; None means those nearest in size to each
+    `n_samples` make the imatrix.  held_out: other examples (see load_task.py), of which `n_eval` are measured, whole or, with the
+    loss "answer", the tokens of their answers alone.  files: our files; None means one is exported with default options, () that stock types are measured alone.  types: stock types; None means those nearest in size to each
     of our files (compare_files.py has the rule), () none.  emulate: stock types as if they could hold every width
     (emulate_stock.py).  text: general text, `n_windows` windows of 512 tokens.  scoring: scores of the task itself.
     embedding_type, head_type: of the stock files; None means what our
@@ -73,6 +73,7 @@ class CompareConfig:
     emulate: Sequence[str] = ()
     n_samples: int = 128
     n_eval: int = 24
+    loss: str = "text"
     text: Path | None = None
     n_windows: int = 40
     scoring: Sequence[Scoring] = ()
@@ -100,7 +101,8 @@ def compare_stock(config: CompareConfig, reporter: Reporter) -> list[Row]:
         rendered = "\n".join(render_example(example, tokenizer) for example in calibration.examples[: config.n_samples])
         make_imatrix(reference, rendered, imatrix, config.threads, reporter)
 
-    bench = _Bench(config, reference, tokenizer, tokenize_task(held_out, tokenizer, config.n_eval, 2048), reporter)
+    texts, begins = tokenize_for_loss(config.loss, held_out, tokenizer, config.n_eval, 2048)
+    bench = _Bench(config, reference, tokenizer, texts, begins, reporter)
     unique = len({file.stem for file in files}) == len(files)
     ours = [bench.row(file, file.stem if unique else str(file), "ours") for file in files]
     groups: dict[tuple[str, str], list[Row]] = {}  # files with the same embedding and head share stock files
@@ -182,8 +184,8 @@ def stock_plans(
 class _Bench:
     """Measures files of one comparison, each thing once: results lie in measurements.json of the work folder."""
 
-    def __init__(self, config: CompareConfig, reference: Path, tokenizer, texts: list[list[int]], reporter: Reporter):
-        self.config, self.reference, self.tokenizer, self.texts, self.reporter = config, reference, tokenizer, texts, reporter
+    def __init__(self, config: CompareConfig, reference: Path, tokenizer, texts: list[list[int]], begins: list[int] | None, reporter: Reporter):
+        self.config, self.reference, self.tokenizer, self.texts, self.begins, self.reporter = config, reference, tokenizer, texts, begins, reporter
         self.kept = Measurements(config.workdir / "measurements.json")
         self.facts = lru_cache(maxsize=None)(inspect_gguf)
         self._ref_ppl: float | None = None
@@ -230,7 +232,7 @@ class _Bench:
         embedding, head = embedding_and_head(facts)
         return Row(
             "reference, F16", facts.file_bytes, facts.bpw_linear, 0.0, self._ref_ppl, 1.0, wikitext2_ppl=self._ref_text_ppl, kind="reference",
-            bpw_file=facts.bpw_file, kl_stderr=0.0, n_tokens=sum(len(text) - 1 for text in self.texts),
+            bpw_file=facts.bpw_file, kl_stderr=0.0, n_tokens=sum(map(len, self.texts)) - sum(self.begins or [1] * len(self.texts)),
             wikitext2_kl=None if self._ref_text_ppl is None else 0.0, types=facts.types(), embedding=embedding, head=head, **self._ref_scores,
         )  # fmt: skip
 
@@ -240,8 +242,8 @@ class _Bench:
         reference = self.kept.sha(self.reference)
         shown = lambda done, total: self.reporter.progress(done, total, f"measuring {name}")  # noqa: E731
         quality = self.kept.get(
-            which | {"reference": reference, "texts": texts_sha(self.texts)},
-            lambda: compare_models(self.reference, file(), self.texts, threads, shown).as_dict(),
+            which | {"reference": reference, "texts": texts_sha(self.texts)} | ({"begins": self.begins} if self.begins else {}),
+            lambda: compare_models(self.reference, file(), self.texts, threads, shown, begins=self.begins).as_dict(),
         )
         self._ref_ppl = quality["ref_ppl"]
         result = {key: quality[key] for key in ("kl", "kl_stderr", "ppl", "top1", "n_tokens")}

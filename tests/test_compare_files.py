@@ -18,7 +18,7 @@ from tacq_export.config import ExportConfig
 from tacq_export.emulate_stock import emulated_types, ggml_quantize, rounded_as
 from tacq_export.errors import TacqError
 from tacq_export.inspect_gguf import inspect_gguf
-from tacq_export.load_task import gguf_tokenizer, load_task, tokenize_task
+from tacq_export.load_task import gguf_tokenizer, load_task, tokenize_for_loss, tokenize_task
 from tacq_export.pipeline import export
 from tacq_export.reporting import Reporter
 from tacq_export.score_task import TaskScore, wilson
@@ -97,7 +97,7 @@ def test_table_says_what_fell_back(compared):
 def test_a_second_comparison_measures_only_what_is_new(config, compared, monkeypatch):
     seen = []
     original = tacq_export.compare_stock.compare_models
-    monkeypatch.setattr(tacq_export.compare_stock, "compare_models", lambda ref, cand, *a: seen.append(cand.name) or original(ref, cand, *a))
+    monkeypatch.setattr(tacq_export.compare_stock, "compare_models", lambda ref, cand, *a, **k: seen.append(cand.name) or original(ref, cand, *a, **k))
     monkeypatch.setattr(tacq_export.compare_stock, "compare_on_text", lambda *a: pytest.fail("measured again"))
     assert compare_stock(config, Reporter()) == compared and seen == []
     more = compare_stock(replace(config, types=("Q2_K", "Q5_0", "Q4_0"), text=None), Reporter())
@@ -105,15 +105,24 @@ def test_a_second_comparison_measures_only_what_is_new(config, compared, monkeyp
     assert [row.name for row in more] == ["reference, F16", "small", "Q2_K", "Q4_0", "Q5_0"], "stock files by size"
 
 
+def test_answers_alone_are_measured(config, compared, ours):
+    """Beside the same file's whole texts, in the same work folder."""
+    full = config.workdir / "reference-f16.gguf"
+    texts, begins = tokenize_for_loss("answer", load_task(config.task), gguf_tokenizer(full), config.n_eval, 2048)
+    reference, mine = compare_stock(replace(config, types=(), text=None, loss="answer"), Reporter())
+    assert mine.n_tokens == reference.n_tokens == sum(map(len, texts)) - sum(begins) < compared[1].n_tokens
+    assert mine.kl == pytest.approx(compare_models(full, ours, texts, 1, begins=begins).kl, rel=1e-5) and mine.kl != pytest.approx(compared[1].kl, rel=1e-3)
+
+
 def test_an_interrupted_comparison_keeps_what_was_measured(config, tmp_path, monkeypatch):
     config = replace(config, workdir=tmp_path / "work", types=("Q4_0",), text=None)
     original, seen = tacq_export.compare_stock.compare_models, []
 
-    def measure(reference, candidate, *rest):
+    def measure(reference, candidate, *rest, **more):
         seen.append(candidate.name)
         if len(seen) == 2:
             raise KeyboardInterrupt
-        return original(reference, candidate, *rest)
+        return original(reference, candidate, *rest, **more)
 
     monkeypatch.setattr(tacq_export.compare_stock, "compare_models", measure)
     with pytest.raises(KeyboardInterrupt):

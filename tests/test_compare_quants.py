@@ -57,7 +57,7 @@ def test_compare_quants_writes_rows_and_picture(quants, data, task, tiny_gguf, t
     assert (tmp_path / "results" / "compare-tiny.png").read_bytes()[:4] == b"\x89PNG"
     # Again: nothing is exported, made or measured.
     monkeypatch.setattr(quants.subprocess, "run", lambda *_: pytest.fail("exported again"))
-    monkeypatch.setattr(tacq_export.compare_stock, "compare_models", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(tacq_export.compare_stock, "compare_models", lambda *_, **__: pytest.fail("measured again"))
     assert quants.main(arguments + ["--", "--refine-sweeps", "0"]) == 0 and capsys.readouterr().out.splitlines()[-1] == line
     assert quants.main(arguments) == 1
     assert "tacq-2.5.gguf was exported with other options" in capsys.readouterr().err

@@ -23,6 +23,7 @@ from fetch_models import MODELS, fetch_model  # noqa: E402
 from tacq_export.cli import ConsoleReporter, guarded, positive  # noqa: E402
 from tacq_export.compare_rows import json_line, table, write_json  # noqa: E402
 from tacq_export.compare_stock import CompareConfig, Scoring, check_inputs, claim_workdir, compare_stock  # noqa: E402
+from tacq_export.config import LOSSES  # noqa: E402
 from tacq_export.errors import TacqError  # noqa: E402
 from tacq_export.plot_compare import check_picture, plot_compare  # noqa: E402
 
@@ -56,6 +57,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     )  # fmt: skip
     measured.add_argument("--eval", type=Path, metavar="FILE", help="held-out examples for KL, perplexity and top-1 (default: GSM8K test)")
     measured.add_argument("--n-eval", type=positive, default=24, metavar="N", help="of them (default 24)")
+    measured.add_argument("--loss", choices=LOSSES, default="text", help="which of their tokens count: all, or those of the assistant's last turn alone (default text)")
     measured.add_argument("--n-gsm8k", type=int, default=0, metavar="N", help="GSM8K test questions that each file answers (default 0: no score)")
     measured.add_argument("--n-spider", type=int, default=0, metavar="N", help="Spider questions that each file answers; needs --data (default 0)")
     measured.add_argument("--wikitext", type=Path, metavar="FILE", help="general text (default: wikitext2/test.raw of --data)")
@@ -97,7 +99,7 @@ def configuration(args: argparse.Namespace) -> CompareConfig:
     types = None if args.types is None else [t for t in ",".join(args.types).split(",") if t.lower() != "none"]
     return CompareConfig(
         model=model, task=args.task or DATA / "gsm8k-train-128.jsonl", held_out=args.eval or data_file(args, "gsm8k/test.jsonl", "gsm8k-test-24.jsonl", args.n_eval),
-        workdir=args.workdir, files=(), types=types, emulate=[t for t in ",".join(args.emulate).split(",") if t], n_samples=args.n_samples, n_eval=args.n_eval,
+        workdir=args.workdir, files=(), types=types, emulate=[t for t in ",".join(args.emulate).split(",") if t], n_samples=args.n_samples, n_eval=args.n_eval, loss=args.loss,
         text=text, n_windows=args.n_windows, scoring=scoring, embedding_type=args.embedding_type, head_type=args.embedding_type, threads=args.threads,
     )  # fmt: skip
 
