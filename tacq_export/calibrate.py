@@ -12,7 +12,7 @@ better than both that and equal weights (tools/LOG.md).
     hessians/N.safetensors     H of the N-th group of matrices with the same input, and diag(H^-1) with 1 % damping
     hessians/N.json            predicted loss of each of them at each width (predict_loss.py)
     hessians/N.kept-S-SEED.json  what keeping weights by the score S takes off it, once an allocation has asked
-    head_inputs.safetensors    for --tune: what enters the head (tune_vectors.py)
+    fresh_head_inputs.safetensors  for --tune: what enters the head (tune_vectors.py)
 """
 
 from __future__ import annotations

@@ -84,7 +84,7 @@ def export_parser(prog: str) -> argparse.ArgumentParser:
         help=f"whose inputs: {', '.join(HESSIAN_INPUTS)}; quantized lets each matrix make up for those before it, at the price of some passes more (default {default['hessian_inputs']})",
     )  # fmt: skip
     parser.add_argument("--precision", default=default["precision"], metavar="P", help=f"of the calibration's matrix products: {', '.join(PRECISIONS)} (default {default['precision']}); bf16 is 2 to 3 times faster on CPUs that have it")
-    parser.add_argument("--tune", action="store_true", help="fine-tune norms and biases against the full model at the end, which costs no bytes: one pass over the examples")
+    parser.add_argument("--tune", action="store_true", help="fine-tune norms and biases against the full model at the end, which costs no bytes: one pass over up to N more examples, those behind the first --n-samples N")
     parser.add_argument("--device", default=default["device"], metavar="D", help="auto, cpu, cuda, cuda:N (default auto)")
     parser.add_argument("--seed", type=int, default=default["seed"], metavar="N", help="of the random score and of the order of --tune (default 0)")
     parser.add_argument("--threads", "-t", type=int, metavar="N", help="CPU threads (default: all)")

@@ -58,7 +58,7 @@ class ExportConfig:
     hessian: gradient weighs the tokens by their loss gradients (calibrate.py), plain counts all alike.
     hessian_inputs: quantized has the model run block by block with what is quantized already, so that each matrix makes up for
     those before it (quantize_sequential.py); float takes the calibration's, which is faster.
-    tune: fine-tune norms and biases against the full model at the end (tune_vectors.py).
+    tune: fine-tune norms and biases against the full model at the end, on up to n_samples examples behind the first n_samples (tune_vectors.py).
     device: auto, cpu, cuda or cuda:N.  threads: CPU threads (None: all this process may use).
     workdir: where unfinished work lies (None: OUTFILE.work, removed at the end).  resume: go on with it.
     """

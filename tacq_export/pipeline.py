@@ -24,7 +24,7 @@ from .runtime_source import need_space
 from .score_weights import NEEDS_REFERENCE
 from .select_weights import TensorSelection
 from .tensor_types import FORMAT_VERSION, TYPES_BY_ID, TYPES_BY_NAME, TensorType
-from .tune_vectors import save_head_inputs, tunable_vectors, tune_vectors
+from .tune_vectors import plan_tuning, save_head_inputs, tune_vectors
 from .workdir import WorkDir
 from .write_gguf import PlannedTensor, copied, encoded, numpy_shape, open_gguf, raw_bytes, type_named, write_gguf
 
@@ -68,7 +68,7 @@ def export(config: ExportConfig, reporter: Reporter | None = None) -> ExportResu
         loaded = load_model(config.model, work.path, config.device, reporter)
         texts, begins = tokenize_for_loss(config.loss, task, loaded.tokenizer, config.n_samples, config.seq_len)
         fixed, head = fixed_types(loaded, config), head_tensor(loaded)
-        vectors = tunable_vectors(loaded, texts) if config.tune else []
+        tuning = plan_tuning(loaded, task, len(texts), config) if config.tune else None
         reporter.say(describe(loaded, texts, task.name, fixed, config))
     finally:
         if config.dry_run:
@@ -84,12 +84,12 @@ def export(config: ExportConfig, reporter: Reporter | None = None) -> ExportResu
         error = reference_error(loaded.linear, calibration, config, reporter)
         selection = plan_types(loaded, calibration, texts, head, fixed, config, error, reporter)
         work.save_selection(selection)
-    if vectors:
-        save_head_inputs(loaded, texts, config, work.calibration, reporter)
+    if tuning:
+        save_head_inputs(loaded, tuning.texts, config, work.calibration, reporter)
     quantize_matrices(loaded, calibration, texts, selection, config, work, reporter)
     quantize_embedding(loaded, selection, work, reporter)
-    if vectors:
-        tune_vectors(vectors, loaded, texts, begins, fixed, config, work, reporter)
+    if tuning:
+        tune_vectors(tuning, loaded, fixed, config, work, reporter)
     keys = metadata(config, task.name, selection, len(texts), loaded)
     write_gguf(config.outfile, loaded.reference, planned_tensors(loaded, fixed, work), keys, reporter)
     check_written(config.outfile, work)

@@ -1,9 +1,12 @@
 """Fine-tuning of what costs no bytes: norms and biases, which every file holds at 32 bits, against the full model.
 
-    1. before anything is quantized: what enters the head in the float model, of every token       head_inputs.safetensors
+    1. before anything is quantized: what enters the head in the float model, of every token       fresh_head_inputs.safetensors
     2. afterwards: one epoch of Adam on all vectors, the matrices at what the file holds; the loss is the KL divergence of the
        quantized model's next-token distribution from the float one's
     3. every eighth example is left out of it: vectors that do not help there are written as they were
+
+All of it on examples that the calibration has not seen. Matrices are fitted to those that it has: there the KL is a half or a quarter
+of what it is elsewhere, and tuning on them gains nothing elsewhere (tools/LOG.md).
 
 A norm's weight scales the columns of the matrices behind it, so this is a tuning of scales that all rows share (as in Norm Tweaking,
 arXiv 2309.02784, which tunes them layer by layer). Distributions are those of the head's outputs, before a cap or a
@@ -27,6 +30,7 @@ from .collect_inputs import Done, collect_inputs, hooked
 from .config import ExportConfig
 from .errors import TacqError
 from .load_model import LinkedTensor, LoadedModel, tensor_names
+from .load_task import Task, tokenize_for_loss
 from .quantize_model import finished_weights, head_tensor
 from .reporting import Reporter
 from .workdir import WorkDir
@@ -35,7 +39,7 @@ from .write_gguf import encode_as, numpy_shape, tensor_values, written_atomicall
 STEP = 0.005  # of Adam, as a share of a vector's mean magnitude
 BATCH = 4  # examples a step
 HELD_OUT = 8  # every so many examples one is not tuned on
-HEAD_INPUTS = "head_inputs.safetensors"  # in the calibration's folder
+HEAD_INPUTS = "fresh_head_inputs.safetensors"  # in the calibration's folder
 POSITIONS = 256  # whose logits are in memory at a time
 
 
@@ -68,13 +72,29 @@ def link_vectors(loaded: LoadedModel) -> list[LinkedVector]:
     return found
 
 
-def tunable_vectors(loaded: LoadedModel, texts: Sequence[Sequence[int]]) -> list[LinkedVector]:
-    """What --tune tunes. Raises TacqError for a model without any, or less than two texts."""
+@dataclass(frozen=True)
+class Tuning:
+    """The vectors that --tune tunes, the texts that it does so on, and of each text the first token whose loss counts, or None for all."""
+
+    vectors: list[LinkedVector]
+    texts: list[list[int]]
+    begins: list[int] | None
+
+
+def plan_tuning(loaded: LoadedModel, task: Task, n_seen: int, config: ExportConfig) -> Tuning:
+    """Up to `config.n_samples` of the examples behind those of which the calibration has `n_seen` texts.
+
+    Raises TacqError for a model without vectors, or less than two such examples.
+    """
     if not (vectors := link_vectors(loaded)):
         raise TacqError(f"{loaded.name} has no norm or bias that can be tuned; export without --tune.")
-    if len(texts) < 2:
-        raise TacqError("--tune needs two examples, one of them to see whether it helps; give more.")
-    return vectors
+    texts, begins = tokenize_for_loss(config.loss, task, loaded.tokenizer, 2 * config.n_samples, config.seq_len)
+    if (n_fresh := len(texts) - n_seen) < 2:
+        raise TacqError(
+            f"--tune needs at least two examples that the calibration has not seen, and there {'is one' if n_fresh else 'are none'} behind the first "
+            f"{config.n_samples} of the task '{task.name}'; give more, or a smaller --n-samples."
+        )
+    return Tuning(vectors, texts[n_seen:], begins and begins[n_seen:])
 
 
 def save_head_inputs(loaded: LoadedModel, texts: Sequence[Sequence[int]], config: ExportConfig, folder: Path, reporter: Reporter) -> None:
@@ -165,20 +185,18 @@ class VectorTuner:
                 vector.parameter.grad = None
 
 
-def tune_vectors(
-    vectors: Sequence[LinkedVector], loaded: LoadedModel, texts: Sequence[Sequence[int]], begins: Sequence[int] | None, fixed: dict[str, str], config: ExportConfig,
-    work: WorkDir, reporter: Reporter,
-) -> None:  # fmt: skip
-    """Tune `vectors` unless `work` has them already, all matrices and the head's inputs being there, and put them into it.
+def tune_vectors(tuning: Tuning, loaded: LoadedModel, fixed: dict[str, str], config: ExportConfig, work: WorkDir, reporter: Reporter) -> None:
+    """Tune the vectors unless `work` has them already, all matrices and the head's inputs being there, and put them into it.
 
     fixed: {tensor: stock type} of matrices that are not in `work`. Modules hold the file's weights afterwards. Raises TacqError for a loss that is not finite.
     """
+    vectors, texts = tuning.vectors, tuning.texts
     if all(work.has_tensor(v.name) for v in vectors):
         return
     states = load_file(work.calibration / HEAD_INPUTS)["head_inputs"].split([len(text) for text in texts])
     head = head_tensor(loaded).weight.clone()
     put_written_weights(loaded, fixed, work)
-    tuner = VectorTuner(loaded, head, states, texts, begins, config.precision == "bf16")
+    tuner = VectorTuner(loaded, head, states, texts, tuning.begins, config.precision == "bf16")
     held_out = list(range(len(texts)))[HELD_OUT - 1 :: HELD_OUT] or [len(texts) - 1]
     tuned_on = [i for i in range(len(texts)) if i not in held_out]
     original = [v.parameter.detach().clone() for v in vectors]

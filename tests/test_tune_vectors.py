@@ -13,10 +13,11 @@ import torch
 import tacq_export.tune_vectors
 from tacq_export.config import ExportConfig
 from tacq_export.errors import TacqError
+from tacq_export.load_task import load_task, tokenize_for_loss
 from tacq_export.pipeline import export
 from tacq_export.quantize_model import head_tensor
 from tacq_export.reporting import Reporter
-from tacq_export.tune_vectors import LinkedVector, VectorTuner, link_vectors, save_head_inputs
+from tacq_export.tune_vectors import LinkedVector, VectorTuner, link_vectors, plan_tuning, save_head_inputs
 from tacq_export.write_gguf import open_gguf, raw_bytes, tensor_values
 from tiny_hf import ARCHITECTURES, TEXTS, Listener, own_copy
 
@@ -25,7 +26,7 @@ F32 = gguf.GGMLQuantizationType.F32
 
 def states_of(loaded, tmp_path) -> list[torch.Tensor]:
     save_head_inputs(loaded, TEXTS, ExportConfig("model", tmp_path, tmp_path), tmp_path, Reporter())
-    return tacq_export.tune_vectors.load_file(tmp_path / "head_inputs.safetensors")["head_inputs"].split([len(t) for t in TEXTS])
+    return tacq_export.tune_vectors.load_file(tmp_path / tacq_export.tune_vectors.HEAD_INPUTS)["head_inputs"].split([len(t) for t in TEXTS])
 
 
 def disturbed(load_tiny, architecture: str, tmp_path):
@@ -104,7 +105,7 @@ def test_an_epoch_lowers_the_loss_and_changes_vectors_alone(load_tiny, tmp_path,
 
 @pytest.fixture
 def config(tiny_gguf, tiny_task, tmp_path):
-    return lambda name, **options: ExportConfig(str(tiny_gguf), tiny_task, tmp_path / name, n_samples=8, seq_len=32, device="cpu", refine_sweeps=0, **options)
+    return lambda name, **options: ExportConfig(str(tiny_gguf), tiny_task, tmp_path / name, n_samples=4, seq_len=32, device="cpu", refine_sweeps=0, **options)
 
 
 def test_a_tuned_export(config, tmp_path, monkeypatch):
@@ -117,7 +118,7 @@ def test_a_tuned_export(config, tmp_path, monkeypatch):
     assert list(before) == list(after)
     changed = [name for name in before if not np.array_equal(raw_bytes(before[name]), raw_bytes(after[name]))]
     assert changed == [name for name, t in before.items() if len(t.shape) == 1] and all(after[name].tensor_type == F32 for name in changed)
-    assert max(np.abs(tensor_values(after[n]) - tensor_values(before[n])).max() for n in changed) < 0.05, "two steps of half a percent"
+    assert max(np.abs(tensor_values(after[n]) - tensor_values(before[n])).max() for n in changed) < 0.05, "a step of half a percent"
     with monkeypatch.context() as patch:
         patch.setattr(VectorTuner, "run", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
@@ -135,9 +136,20 @@ def test_a_tuning_that_does_not_help_is_not_written(config, monkeypatch):
     assert plain.outfile.read_bytes() == tuned.outfile.read_bytes()
 
 
-def test_one_example_is_too_few(config):
-    with pytest.raises(TacqError, match="--tune needs two examples"):
-        export(replace(config("x.gguf", tune=True), n_samples=1), Reporter())
+@pytest.mark.parametrize("n_samples, there", [(7, "there is one behind the first 7 of the task 'sums'"), (8, "there are none behind the first 8")])
+def test_it_needs_examples_that_were_not_calibrated_on(config, n_samples, there):
+    with pytest.raises(TacqError, match=f"--tune needs at least two examples that the calibration has not seen, and {there}.*smaller --n-samples"):
+        export(replace(config("x.gguf", tune=True), n_samples=n_samples, dry_run=True), Reporter())
+
+
+@pytest.mark.parametrize("loss", ["text", "answer"])
+def test_it_is_on_the_examples_behind_the_first(load_tiny, config, loss):
+    """At most as many as the first; where answers count, each with its own beginning."""
+    loaded, wanted = load_tiny("llama"), replace(config("x.gguf", tune=True), n_samples=3, loss=loss)
+    task = load_task(wanted.task)
+    texts, begins = tokenize_for_loss(loss, task, loaded.tokenizer, 8, 32)
+    tuning = plan_tuning(loaded, task, 3, wanted)
+    assert tuning.texts == texts[3:6] and tuning.begins == (begins and begins[3:6]) and (tuning.begins is None) == (loss == "text")
 
 
 def test_a_vector_keeps_what_torch_does_not_have():

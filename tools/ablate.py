@@ -77,7 +77,7 @@ def experiments(data: Path | None, made: Path) -> list[tuple[str, str, dict]]:
     found += [("quantizer", f"shrinkage {s:g}", {"shrinkage": s}) for s in (0, 0.25, 1)]
     for of, few in (("", {}), (", 32 examples", {"n_samples": 32})):
         found += [("quantizer", f"inputs of the quantized model, compensation {c:g}, shrinkage {s:g}{of}", {"hessian_inputs": "quantized", "compensation": c, "shrinkage": s} | few) for c, s in GUARDS]
-    found += [("quantizer", "norms and biases tuned", {"tune": True})]
+    found += [("quantizer", "64 examples, norms and biases tuned on the others", {"n_samples": 64, "tune": True})]
     found += [("calibration", "128 examples of the task", {"n_samples": 128})]
     if data:
         found += [("calibration", "Spider", {"task": data / "spider" / "calibration.jsonl"})]
