@@ -95,13 +95,13 @@ def compare_stock(config: CompareConfig, reporter: Reporter) -> list[Row]:
     if not reference.is_file():
         make_reference(config.model, reference, reporter)
     tokenizer = gguf_tokenizer(reference)
+    texts, begins = tokenize_for_loss(config.loss, held_out, tokenizer, config.n_eval, 2048)  # may refuse them: before the long work
     files = [export_default(config, reporter)] if config.files is None else list(config.files)
     imatrix = work / "task.imatrix.gguf"
     if not imatrix.is_file() and (config.types is None or config.types or config.emulate):
         rendered = "\n".join(render_example(example, tokenizer) for example in calibration.examples[: config.n_samples])
         make_imatrix(reference, rendered, imatrix, config.threads, reporter)
 
-    texts, begins = tokenize_for_loss(config.loss, held_out, tokenizer, config.n_eval, 2048)
     bench = _Bench(config, reference, tokenizer, texts, begins, reporter)
     unique = len({file.stem for file in files}) == len(files)
     ours = [bench.row(file, file.stem if unique else str(file), "ours") for file in files]
