@@ -67,7 +67,7 @@ class Calibration:
         """float32 [tokens of all texts]: the squared loss gradient at the outputs of each token."""
         return _read(self.folder / OUTPUTS, f"{name}/tokens")
 
-    def token_weights(self, group: int, hessian: str = "gradient") -> torch.Tensor:
+    def token_weights(self, group: int, hessian: str) -> torch.Tensor:
         """float32 [tokens of all texts]: w_t of a group of matrices, mean 1; all 1 for `plain`."""
         if hessian == "plain":
             return torch.ones(self.n_tokens)
