@@ -22,7 +22,7 @@ from .emulate_stock import emulated_size, emulated_types, named, write_emulated
 from .errors import TacqError
 from .inspect_gguf import inspect_gguf
 from .load_model import make_reference
-from .load_task import SCHEMAS, Example, Task, gguf_tokenizer, load_task, read_text, render_example, tokenize_for_loss
+from .load_task import SCHEMAS, Example, Task, gguf_tokenizer, load_task, read_text, render_example, require_answers, tokenize_for_loss
 from .reporting import Reporter
 from .runtime import runtime_path
 from .runtime_source import file_sha256
@@ -130,6 +130,8 @@ def check_inputs(config: CompareConfig) -> tuple[Task, Task]:
     runtime_path()
     named(config.emulate)
     tasks = load_task(config.task), load_task(config.held_out)
+    if config.loss == "answer":
+        require_answers(tasks[1], config.n_eval)
     for text in [scoring.examples for scoring in config.scoring] + ([config.text] if config.text else []):
         read_text(text)
     for file in config.files or ():

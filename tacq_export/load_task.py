@@ -253,15 +253,21 @@ def example_tokens(example: Example, tokenizer: PreTrainedTokenizerBase) -> list
     return tokenizer(render_example(example, tokenizer), add_special_tokens=not templated, verbose=False)["input_ids"]
 
 
+def require_answers(task: Task, n_samples: int) -> None:
+    """Raises TacqError if one of the first `n_samples` examples has no assistant's turn at its end."""
+    for number, example in enumerate(task.examples[:n_samples], 1):
+        if task.packed or not example.has_answer:
+            raise TacqError(f"Example {number} of the task '{task.name}' has no assistant's turn at its end; use --loss text.")
+
+
 def tokenize_answers(task: Task, tokenizer: PreTrainedTokenizerBase, n_samples: int, seq_len: int) -> tuple[list[list[int]], list[int]]:
     """`tokenize_task`, and of each text the index of the first token of the answer; examples that `seq_len` cuts before it are left out.
 
     Raises TacqError for an example without an assistant's turn at its end, or if no answer is left.
     """
+    require_answers(task, n_samples)
     texts, begins = [], []
-    for number, example in enumerate(task.examples[:n_samples], 1):
-        if task.packed or not example.has_answer:
-            raise TacqError(f"Example {number} of the task '{task.name}' has no assistant's turn at its end; use --loss text.")
+    for example in task.examples[:n_samples]:
         tokens, prompt = example_tokens(example, tokenizer)[:seq_len], prompt_tokens(example, tokenizer)
         # As many tokens as both have in common: a tokenizer may join the prompt's last one to the answer's first.
         begin = next((i for i, (one, other) in enumerate(zip(tokens, prompt)) if one != other), min(len(tokens), len(prompt)))

@@ -70,8 +70,9 @@ def test_compare_quants_says_what_is_missing(quants, data, task, tiny_gguf, tmp_
         (["--data", str(tmp_path)], "has no gsm8k/test.jsonl"),
         (["--task", str(tmp_path / "gone.jsonl")], "gone.jsonl"),
         (["--types", "none", "--emulate", "x", "--data", str(data)], "'x' cannot be emulated"),
+        (["--target-bpw", "2.5", "--eval", str(data / "wikitext2" / "test.raw"), "--loss", "answer"], "has no assistant's turn at its end"),
     ):
         assert quants.main([str(tiny_gguf), "-w", str(tmp_path / "work"), "--out", str(tmp_path / "results"), *more]) == 1
         captured = capsys.readouterr()
         assert message in captured.err and captured.err.count("error: ") == 1 and "Traceback" not in captured.err and captured.out == ""
-    assert not (tmp_path / "results").exists()
+    assert not (tmp_path / "results").exists() and not (tmp_path / "work").exists(), "found before anything is made"
