@@ -1,4 +1,4 @@
-"""The command line. Only this module prints and exits; everything else raises TacqError and reports through a Reporter."""
+"""The command line. Only this module and console.py print; everything else raises TacqError and reports through a Reporter."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
-from .console import ConsoleReporter
+from .console import ConsoleReporter, guarded, positive
 from .errors import TacqError
 from .reporting import Reporter
 
@@ -23,13 +22,6 @@ COMMANDS = {
     "dequantize": "write a GGUF that stock llama.cpp reads",
     "runtime": "build llama.cpp with our types, or say where the build is",
 }
-
-
-def positive(text: str) -> int:
-    """argparse type of a count."""
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
 
 
 def checked_outfile(args: argparse.Namespace) -> Path:
@@ -304,45 +296,6 @@ RUN = {
     "export": run_export, "answer": run_answer, "inspect": run_inspect, "verify": run_verify, "compare": run_compare, "run": run_prompt,
     "dequantize": run_dequantize, "runtime": run_runtime,
 }  # fmt: skip
-
-
-def guarded(run: Callable[[], None], interrupted: str) -> int:
-    """Call `run`; whatever it raises is said in one sentence. Returns the exit status: 0, 1 after an error, 130 after Ctrl-C.
-
-    interrupted: what is said after Ctrl-C.
-    """
-    try:
-        try:
-            run()
-        finally:
-            if ConsoleReporter.latest:
-                ConsoleReporter.latest.close()  # an error gets a line of its own, below the bar
-    except TacqError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"\n{interrupted}", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader (head, less) has gone
-        return 0
-    except MemoryError:
-        print("error: not enough memory; use a shorter --seq-len, or a machine with more.", file=sys.stderr)
-        return 1
-    except OSError as error:
-        print(f"error: {error.strerror or error}{f': {error.filename}' if error.filename else ''}; check the path, its permissions and the free space.", file=sys.stderr)
-        return 1
-    except Exception as error:  # a defect of ours; its traceback is for us, not for the user
-        if os.environ.get("TACQ_EXPORT_DEBUG"):
-            raise
-        if "allocate memory" in str(error) or "out of memory" in str(error):
-            print("error: not enough memory; use a shorter --seq-len, or a machine with more.", file=sys.stderr)
-        else:
-            cause = " ".join(str(error).split())[:300]
-            print(f"error: tacq-export failed in a way it should not ({type(error).__name__}: {cause}); "
-                  "please report it with the output of the same command under TACQ_EXPORT_DEBUG=1.", file=sys.stderr)  # fmt: skip
-        return 1
-    return 0
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,10 +1,14 @@
-"""The Reporter of the command line and the tools."""
+"""What the command line and the tools share: progress on the terminal, and errors in one sentence."""
 
 from __future__ import annotations
 
+import argparse
+import os
 import sys
 import time
+from collections.abc import Callable
 
+from .errors import TacqError
 from .reporting import Reporter
 
 
@@ -44,3 +48,49 @@ class ConsoleReporter(Reporter):
         if self._bar is not None:
             self._bar.close()
         self._bar, self._what = None, ""
+
+
+def positive(text: str) -> int:
+    """argparse type of a count."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def guarded(run: Callable[[], None], interrupted: str) -> int:
+    """Call `run`; whatever it raises is said in one sentence. Returns the exit status: 0, 1 after an error, 130 after Ctrl-C.
+
+    interrupted: what is said after Ctrl-C.
+    """
+    try:
+        try:
+            run()
+        finally:
+            if ConsoleReporter.latest:
+                ConsoleReporter.latest.close()  # an error gets a line of its own, below the bar
+    except TacqError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"\n{interrupted}", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader (head, less) has gone
+        return 0
+    except MemoryError:
+        print("error: not enough memory; use a shorter --seq-len, or a machine with more.", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"error: {error.strerror or error}{f': {error.filename}' if error.filename else ''}; check the path, its permissions and the free space.", file=sys.stderr)
+        return 1
+    except Exception as error:  # a defect of ours; its traceback is for us, not for the user
+        if os.environ.get("TACQ_EXPORT_DEBUG"):
+            raise
+        if "allocate memory" in str(error) or "out of memory" in str(error):
+            print("error: not enough memory; use a shorter --seq-len, or a machine with more.", file=sys.stderr)
+        else:
+            cause = " ".join(str(error).split())[:300]
+            print(f"error: tacq-export failed in a way it should not ({type(error).__name__}: {cause}); "
+                  "please report it with the output of the same command under TACQ_EXPORT_DEBUG=1.", file=sys.stderr)  # fmt: skip
+        return 1
+    return 0

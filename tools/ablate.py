@@ -30,8 +30,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from fetch_models import MODELS, fetch_model  # noqa: E402
 
-from tacq_export.cli import ConsoleReporter, guarded, positive  # noqa: E402
 from tacq_export.config import SCORES, ExportConfig  # noqa: E402
+from tacq_export.console import ConsoleReporter, guarded, positive  # noqa: E402
 from tacq_export.load_model import make_reference  # noqa: E402
 from tacq_export.load_task import gguf_tokenizer, load_task, render_example, tokenize_task  # noqa: E402
 from tacq_export.pipeline import export  # noqa: E402

@@ -20,10 +20,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from fetch_models import MODELS, fetch_model  # noqa: E402
 
-from tacq_export.cli import ConsoleReporter, guarded, positive  # noqa: E402
 from tacq_export.compare_rows import json_line, table, write_json  # noqa: E402
 from tacq_export.compare_stock import CompareConfig, Scoring, check_inputs, claim_workdir, compare_stock  # noqa: E402
 from tacq_export.config import LOSSES  # noqa: E402
+from tacq_export.console import ConsoleReporter, guarded, positive  # noqa: E402
 from tacq_export.errors import TacqError  # noqa: E402
 from tacq_export.plot_compare import check_picture, plot_compare  # noqa: E402
 

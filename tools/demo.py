@@ -13,9 +13,9 @@ from pathlib import Path
 
 from fetch_models import MODELS, fetch_model
 
-from tacq_export.cli import ConsoleReporter
 from tacq_export.compare_rows import table
 from tacq_export.compare_stock import CompareConfig, compare_stock
+from tacq_export.console import ConsoleReporter
 from tacq_export.errors import TacqError
 from tacq_export.runtime import tool
 
