@@ -150,7 +150,8 @@ def run(args: argparse.Namespace) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     write_json(rows, args.out / f"compare-{args.name}.json")
     if len(rows) > 1:  # more than the reference alone
-        about = f"calibrated on {config.task.stem}; KL on {rows[0].n_tokens} tokens of {config.held_out.parent.name}/{config.held_out.name}"
+        held_out = config.held_out.absolute()
+        about = f"calibrated on {config.task.stem}; KL on {rows[0].n_tokens} tokens of {held_out.parent.name}/{held_out.name}"
         plot_compare(rows, args.out / f"compare-{args.name}.png", args.name, about)
     print("\n".join(table(rows)))
     print(json_line(rows))
