@@ -9,7 +9,7 @@ T = TypeVar("T")
 
 
 class Reporter:
-    """Silent; cli.py has the one that prints."""
+    """Silent; console.py has the one that prints."""
 
     def say(self, text: str) -> None:
         """A line for the user."""
