@@ -27,6 +27,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from ggml_api import F32, I32, Ggml, InitParams  # noqa: E402
 from random_tensors import random_tensor  # noqa: E402
+from tacq_export.console import guarded  # noqa: E402
 from tacq_export.errors import TacqError  # noqa: E402
 from tacq_export.pack_tensor import dequantize, pack_tensor  # noqa: E402
 from tacq_export.runtime import runtime_path  # noqa: E402
@@ -211,7 +212,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except TacqError as error:
-        sys.exit(f"error: {error}")
+    sys.exit(guarded(main, "interrupted"))

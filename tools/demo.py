@@ -15,7 +15,7 @@ from fetch_models import MODELS, fetch_model
 
 from tacq_export.compare_rows import table
 from tacq_export.compare_stock import CompareConfig, compare_stock
-from tacq_export.console import ConsoleReporter
+from tacq_export.console import ConsoleReporter, guarded, positive
 from tacq_export.errors import TacqError
 from tacq_export.runtime import tool
 
@@ -46,36 +46,26 @@ def ask(file: Path, threads: int | None) -> None:
     print(done.stdout.strip(), flush=True)
 
 
-def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="tools/demo", description=__doc__)
-    parser.add_argument("--model", default="smollm2-135m", choices=sorted(MODELS), help="default smollm2-135m")
-    parser.add_argument("--outdir", type=Path, default=Path("demo-out"), help="default demo-out")
-    parser.add_argument("--types", default="Q2_K,IQ3_XXS", help="stock types to compare with (default Q2_K,IQ3_XXS)")
-    parser.add_argument("--threads", type=int)
-    parser.add_argument("options", nargs="*", help="after --: more flags of tacq-export")
-    args = parser.parse_args(argv)
-    try:
-        started = time.monotonic()
-        args.outdir.mkdir(parents=True, exist_ok=True)
-        model = fetch_model(args.model)
-        outfile = args.outdir / f"{args.model}-gsm8k-tacq2.gguf"
-        threads = ["--threads", str(args.threads)] if args.threads else []
-        begun = time.monotonic()
-        export_model(model, outfile, threads + args.options)
-        seconds = time.monotonic() - begun
-        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
-        ask(outfile, args.threads)
-        say("comparing with stock files (24 examples that were not calibrated on)")
-        rows = compare_stock(
-            CompareConfig(
-                str(model), DATA / "gsm8k-train-128.jsonl", DATA / "gsm8k-test-24.jsonl", args.outdir / f"{args.model}-stock", [outfile], args.types.split(","),
-                threads=args.threads,
-            ),
-            ConsoleReporter(),
-        )  # fmt: skip
-    except TacqError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+def run(args: argparse.Namespace) -> None:
+    """Export, ask, compare; the table and one JSON line."""
+    started = time.monotonic()
+    args.outdir.mkdir(parents=True, exist_ok=True)
+    model = fetch_model(args.model)
+    outfile = args.outdir / f"{args.model}-gsm8k-tacq2.gguf"
+    threads = ["--threads", str(args.threads)] if args.threads else []
+    begun = time.monotonic()
+    export_model(model, outfile, threads + args.options)
+    seconds = time.monotonic() - begun
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    ask(outfile, args.threads)
+    say("comparing with stock files (24 examples that were not calibrated on)")
+    rows = compare_stock(
+        CompareConfig(
+            str(model), DATA / "gsm8k-train-128.jsonl", DATA / "gsm8k-test-24.jsonl", args.outdir / f"{args.model}-stock", [outfile], args.types.split(","),
+            threads=args.threads,
+        ),
+        ConsoleReporter(),
+    )  # fmt: skip
     print(f"\n{args.model}; reference: its GGUF dequantized to F16; on gsm8k-test-24.jsonl, chat template, whole text")
     print("\n".join(table(rows)))
     print(f"everything: {time.monotonic() - started:.0f} s", flush=True)
@@ -85,7 +75,17 @@ def main(argv: list[str]) -> int:
         "seconds": round(seconds, 1), "peak_rss_bytes": peak,
         "stock": [{"type": row.name} | {key: getattr(row, key) for key in ("file_bytes", "bpw_linear", "kl", "ppl", "top1")} for row in stock],
     }))  # fmt: skip
-    return 0
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="tools/demo", description=__doc__)
+    parser.add_argument("--model", default="smollm2-135m", choices=sorted(MODELS), help="default smollm2-135m")
+    parser.add_argument("--outdir", type=Path, default=Path("demo-out"), help="default demo-out")
+    parser.add_argument("--types", default="Q2_K,IQ3_XXS", help="stock types to compare with (default Q2_K,IQ3_XXS)")
+    parser.add_argument("--threads", type=positive)
+    parser.add_argument("options", nargs="*", help="after --: more flags of tacq-export")
+    args = parser.parse_args(argv)
+    return guarded(lambda: run(args), "interrupted; the same command fetches nothing again and exports anew")
 
 
 if __name__ == "__main__":

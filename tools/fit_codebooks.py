@@ -30,7 +30,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 from fetch_models import fetch_model  # noqa: E402
 from tacq_export.block_codec import CODECS  # noqa: E402
 from tacq_export.collect_inputs import collect_inputs, group_by_input, second_moment  # noqa: E402
-from tacq_export.errors import TacqError  # noqa: E402
+from tacq_export.console import guarded  # noqa: E402
 from tacq_export.fit_groups import dequantize_groups, round_to_nearest  # noqa: E402
 from tacq_export.load_model import load_model  # noqa: E402
 from tacq_export.load_task import load_task, tokenize_task  # noqa: E402
@@ -312,6 +312,14 @@ def show_range(samples: dict[str, Sample], args: argparse.Namespace) -> None:
             print(f"TACQ{bits}, {name}, error of weights x 2^f over that at f = 0 ({errors[0]:.5f}): {ratios}", flush=True)
 
 
+def run(args: argparse.Namespace) -> None:
+    """What the flags ask for, printed."""
+    samples = {name: load_sample(name, args) for name in args.models}
+    for name, s in samples.items():
+        print(f"{name}: {len(s.matrices)} matrices, {s.tokens} tokens, {sum(m.measured.numel() for m in s.matrices)} weights")
+    (fit if args.fit else show_range if args.range else measure)(samples, args)
+
+
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
@@ -335,15 +343,7 @@ def main(argv: list[str]) -> int:
     if unknown := set(args.fit_on or ()) - set(args.models):
         parser.error(f"--fit-on {' '.join(unknown)}: not among --models")
     torch.set_num_threads(args.threads)
-    try:
-        samples = {name: load_sample(name, args) for name in args.models}
-    except TacqError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    for name, s in samples.items():
-        print(f"{name}: {len(s.matrices)} matrices, {s.tokens} tokens, {sum(m.measured.numel() for m in s.matrices)} weights")
-    (fit if args.fit else show_range if args.range else measure)(samples, args)
-    return 0
+    return guarded(lambda: run(args), "interrupted")
 
 
 if __name__ == "__main__":
