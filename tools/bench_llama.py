@@ -27,8 +27,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tacq_export.block_codec import unpack_blocks  # noqa: E402
-from tacq_export.emulate_stock import EMULATED_MIXES, emulated_types, ggml_quantize  # noqa: E402
 from tacq_export.console import guarded  # noqa: E402
+from tacq_export.emulate_stock import EMULATED_MIXES, emulated_types, ggml_quantize  # noqa: E402
 from tacq_export.errors import TacqError  # noqa: E402
 from tacq_export.pack_tensor import QuantizedTensor, dequantize  # noqa: E402
 from tacq_export.reporting import Reporter  # noqa: E402
