@@ -60,8 +60,8 @@ def draw_figure(rows: Sequence[Row], title: str = "", note: str = ""):
         for ax in axes:
             ax.set_xlabel("file size, MB")
             ax.grid(alpha=0.25, linewidth=0.6)
-        handles, names = axes[0].get_legend_handles_labels()
-        figure.legend(handles, names, loc="outside lower center", ncols=len(names) if tasks else 1, frameon=False)
+        legend = {name: handle for ax in axes for handle, name in zip(*ax.get_legend_handles_labels())}
+        figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=len(legend) if tasks else 1, frameon=False)
         if title:
             figure.suptitle(title + (f"\n{note}" if note else ""), fontsize=11)
         figure.draw_without_rendering()
@@ -91,8 +91,7 @@ def _score_panel(ax, task: str, rows: Sequence[Row]) -> None:
     _draw(ax, scored, task, lambda row: _interval(row, task))
     for row in scored:
         if row.kind == "reference":
-            ax.axhline(getattr(row, task), color="black", linestyle="--", linewidth=1)
-            ax.text(0.005, getattr(row, task), row.name, transform=ax.get_yaxis_transform(), ha="left", va="bottom", fontsize=_LABEL_SIZE)
+            ax.axhline(getattr(row, task), color="black", linestyle="--", linewidth=1, label=row.name)
     counts = sorted({int(row.intervals[task][0]) for row in scored if task in row.intervals})
     ax.set_title(_TITLES[task] + (f", {counts[0]} examples" if len(counts) == 1 else "") + " (higher is better)", fontsize=10)
     ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))

@@ -39,7 +39,8 @@ def test_panels():
     assert kl.get_xlim() == gsm8k.get_xlim() and kl.get_xlim()[1] < 200, "the reference's size would squeeze all others together"
     assert "GSM8K" in gsm8k.get_title() and "100 examples" in gsm8k.get_title() and "Spider" in spider.get_title()
     assert {text.get_text() for text in kl.texts} - {""} == {r.name.replace(" (emulated)", "") for r in ROWS[1:]}
-    assert {text.get_text() for text in gsm8k.texts} - {""} == {r.name for r in ROWS[:-1]}, "the emulated type was not scored"
+    assert {text.get_text() for text in gsm8k.texts} - {""} == {r.name for r in ROWS[1:-1]}, "the emulated type was not scored"
+    assert {text.get_text() for text in figure.legends[0].get_texts()} >= {"tacq-export", ROWS[0].name}, "the dashed line is explained"
     colors = {text.get_text(): text.get_color() for text in gsm8k.texts}
     assert colors["tacq-3"] != colors["Q2_K"]
     assert "a model" in figure.get_suptitle()
