@@ -10,9 +10,10 @@ Every row is written as soon as it is measured; the same command goes on. Experi
     scores       which weights are kept: the scores of tacq-export, at equal bytes, TACQ2 everywhere
     quantizer    sweeps of coordinate descent, damping, shrinkage, token weights, norms and biases tuned; inputs of the quantized model and how
                  much is made up for, with the default calibration and with 32 examples
-    calibration  how many examples, or all in windows of 2,048 tokens; another task's and general text (needs --data), alone and mixed in
+    size         how many examples (256 and 512 need --data)
+    calibration  the task's examples, also in windows of 2,048 tokens; another task's and general text (needs --data), alone and mixed in
 
-All rows have the KL, perplexity and top-1 on GSM8K, those of `calibration` also on Spider and wikitext2 (with --data). All but the rows that say so have --hessian-inputs float, which takes a third of the time: rows are to be compared with each other.
+All rows have the KL, perplexity and top-1 on GSM8K, those of `size` and `calibration` also on Spider and wikitext2 (with --data). All but the rows that say so have --hessian-inputs float, which takes a third of the time: rows are to be compared with each other.
 """
 
 from __future__ import annotations
@@ -78,15 +79,16 @@ def experiments(data: Path | None, made: Path) -> list[tuple[str, str, dict]]:
     for of, few in (("", {}), (", 32 examples", {"n_samples": 32})):
         found += [("quantizer", f"inputs of the quantized model, compensation {c:g}, shrinkage {s:g}{of}", {"hessian_inputs": "quantized", "compensation": c, "shrinkage": s} | few) for c, s in GUARDS]
     found += [("quantizer", "64 examples, norms and biases tuned on the others", {"n_samples": 64, "tune": True})]
+    found += [("size", f"{n} examples of the task", {"n_samples": n}) for n in (32, 64, 128)]
+    if data:
+        found += [("size", f"{n} examples of the task", {"task": data / "gsm8k" / "train.jsonl", "n_samples": n}) for n in (256, 512)]
     found += [("calibration", "128 examples of the task", {"n_samples": 128})]
     if data:
         found += [("calibration", "Spider", {"task": data / "spider" / "calibration.jsonl"})]
         found += [("calibration", "wikitext2, 14 windows of 2048", {"task": data / "wikitext2" / "calibration.txt", "n_samples": 14})]
-    found += [("calibration", f"{n} examples of the task", {"n_samples": n}) for n in (32, 64)]
     found += [("calibration", "all in windows of 2048", {"task": made / "packed.txt", "n_samples": 14})]
     if data:
         found += [("calibration", f"{100 * share:g} % general text", {"task": made / f"mixed-{share:g}.jsonl"}) for share in MIXED]
-        found += [("calibration", f"{n} examples of the task", {"task": data / "gsm8k" / "train.jsonl", "n_samples": n}) for n in (256, 512)]
     return found
 
 
@@ -125,7 +127,7 @@ def run(args: argparse.Namespace) -> None:
         result = export(ExportConfig(model=model, outfile=outfile, workdir=shared, force=True, **(plain | options)), reporter)
         row = {"experiment": experiment, "name": label, "bpw_linear": round(result.bpw_linear, 4), "file_bytes": result.file_bytes, "kept": result.kept}
         row |= {"predicted_loss": result.predicted_loss and round(result.predicted_loss, 5)}
-        for held, tokens in (texts | elsewhere if experiment == "calibration" else texts).items():
+        for held, tokens in (texts | elsewhere if experiment in ("size", "calibration") else texts).items():
             quality = compare_models(reference, outfile, tokens, args.threads, lambda done, total: reporter.progress(done, total, "measuring"))
             row |= {f"{held}_kl": round(quality.kl, 5), f"{held}_kl_stderr": round(quality.kl_stderr, 5), f"{held}_ppl": round(quality.ppl, 4), f"{held}_top1": round(quality.top1, 4)}
         rows.append(row | {"seconds": round(time.monotonic() - started)})
@@ -149,7 +151,7 @@ def rank_correlation(rows: list[dict]) -> tuple[float, int] | None:
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="tools/ablate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", metavar="MODEL", help=f"{', '.join(MODELS)}, or the path of a GGUF")
-    parser.add_argument("--only", nargs="+", metavar="E", choices=["density", "scores", "quantizer", "calibration"])
+    parser.add_argument("--only", nargs="+", metavar="E", choices=["density", "scores", "quantizer", "size", "calibration"])
     parser.add_argument("--n-samples", type=positive, default=128, metavar="N", help="calibration examples (default 128)")
     parser.add_argument("--n-eval", type=positive, default=24, metavar="N", help="held-out examples of each task (default 24; of wikitext2 10 windows of 512 tokens)")
     parser.add_argument("--data", type=Path, metavar="DIR", help="folder with gsm8k/, spider/ and wikitext2/")
