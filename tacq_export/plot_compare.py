@@ -138,9 +138,6 @@ def _label(figure, ax, rows: Sequence[Row], field: str) -> None:
         for vertices in (path.transformed(bars.get_transform()).vertices for path in bars.get_paths()):
             (x, low), (_, high) = vertices[0], vertices[-1]
             taken.append((x - 2, min(low, high), x + 2, max(low, high)))
-    for other in ax.texts:
-        extent = other.get_window_extent(renderer)
-        taken.append((extent.x0, extent.y0, extent.x1, extent.y1))
     for row, (x, y) in sorted(zip(rows, points), key=lambda item: item[1][0]):
         color = _STYLES[row.kind][1]
         at, offset = (row.file_bytes / 1e6, getattr(row, field)), {"textcoords": "offset points"}
