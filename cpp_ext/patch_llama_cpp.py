@@ -34,7 +34,8 @@ class CallSite:
     inside: whole lines that open the enclosing function (or block); must occur exactly once in the file.
     anchor: whole lines that must occur exactly once between `inside` (included) and the first line after it that begins
             with "}" (included; the end of the file if there is none).
-    where:  "before" or "after" the anchor, or "replace" (only where C leaves no other way, such as an enum's last value).
+    where:  "before" or "after" the anchor, or "replace" (only where C leaves no other way, such as an enum's last
+            value).
     insert: the whole lines to insert; always ends with a newline.
     """
 
@@ -77,7 +78,8 @@ def region(text: str, site: CallSite) -> tuple[int, int]:
     found = count_lines(text, site.inside)
     if len(found) != 1:
         raise PatchError(
-            f"{site.file}: call site '{site.name}': the opening line {site.inside.strip()!r} occurs {len(found)} times, "
+            f"{site.file}: call site '{site.name}': the opening line {site.inside.strip()!r} occurs {len(found)} "
+            "times, "
             "not once; upstream changed, so update call_sites.py."
         )
     begin = found[0]
@@ -190,9 +192,13 @@ def main(argv: list[str]) -> int:
             committed = COMMITTED_DIFF.read_text() if COMMITTED_DIFF.exists() else ""
             if committed != diff:
                 sys.stdout.writelines(
-                    difflib.unified_diff(committed.splitlines(True), diff.splitlines(True), "committed", "from call_sites.py")
+                    difflib.unified_diff(
+                        committed.splitlines(True), diff.splitlines(True), "committed", "from call_sites.py"
+                    )
                 )
-                raise PatchError(f"{COMMITTED_DIFF.name} is not what call_sites.py makes; run with --update and commit it.")
+                raise PatchError(
+                    f"{COMMITTED_DIFF.name} is not what call_sites.py makes; run with --update and commit it."
+                )
             print(f"{COMMITTED_DIFF.name} matches: {added} upstream lines.")
         else:
             changed = apply(args.tree, CALL_SITES)

@@ -1,10 +1,10 @@
 """Task-Circuit Quantization (arXiv 2504.07389) to GGUF: one small task file decides which weights stay at 16 bits.
 
-    from tacq_export import ExportConfig, export
-    export(ExportConfig(model="model.gguf", task="task.jsonl", outfile="model-tacq.gguf"))
+from tacq_export import ExportConfig, export
+export(ExportConfig(model="model.gguf", task="task.jsonl", outfile="model-tacq.gguf"))
 
-    import tacq_export
-    Llama = tacq_export.llama_cpp().Llama     # llama-cpp-python, bound to the libraries that read our types
+import tacq_export
+Llama = tacq_export.llama_cpp().Llama     # llama-cpp-python, bound to the libraries that read our types
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .config import ExportConfig
     from .errors import TacqError
     from .pipeline import ExportResult, export
-    from .run_model import llama_cpp
+    from .runtime.run_model import llama_cpp
 
 __all__ = ["ExportConfig", "ExportResult", "TacqError", "export", "llama_cpp"]
 
@@ -25,7 +25,7 @@ _HOME = {
     "ExportResult": ".pipeline",
     "TacqError": ".errors",
     "export": ".pipeline",
-    "llama_cpp": ".run_model",
+    "llama_cpp": ".runtime.run_model",
 }
 
 

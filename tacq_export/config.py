@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from .errors import TacqError
-from .tensor_types import TYPES_BY_NAME, TensorType
+from .format.tensor_types import TYPES_BY_NAME, TensorType
 
 SCORES = ("obs", "tacq", "fisher", "magnitude", "gradient", "random", "tacq-no-magnitude", "tacq-no-error")
 REFERENCES = ("rtn", "gptq")
@@ -23,7 +23,18 @@ EMBEDDING_TYPES = (*BASE_TYPES, "f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q
 # Bits per weight of the linear matrices unless another option says how large the file is to be.
 DEFAULT_BPW = 2.45
 DEFAULT_EMBEDDING_TYPE = "tacq4"
-_UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
+_UNITS = {
+    "": 1,
+    "k": 1e3,
+    "m": 1e6,
+    "g": 1e9,
+    "kb": 1e3,
+    "mb": 1e6,
+    "gb": 1e9,
+    "kib": 1 << 10,
+    "mib": 1 << 20,
+    "gib": 1 << 30,
+}
 
 
 def parse_size(text: str) -> int:
@@ -38,29 +49,37 @@ def parse_size(text: str) -> int:
 class ExportConfig:
     """Options of `export`; the command line's flags have the same names.
 
-    model: Hugging Face directory or hub id, or GGUF file.  task: JSONL or text file of examples.  outfile: GGUF to write.
-    score: one of SCORES (score_weights.py has the formulas).  reference: how Q(W) of the score is made, `rtn` or `gptq`.
-    target_bpw: bits per weight of the linear matrices, scales and indices counted, that are not exceeded (DEFAULT_BPW if
-    nothing else says how large the file is to be).  target_size: the same for the whole file, in bytes or as '350M'. Each
-    tensor then gets the width and the density of least predicted loss.
-    no_kept: keep no weights, no matrix gets a mixed type.
-    base_type: one width for all matrices instead, kept weights filling up target_bpw.  ratio: with it, or alone (TACQ2),
-    the share of the linear weights to keep, at whatever size that takes.
-    tensor_types: 'REGEX=TYPE' entries; a matrix whose GGUF name matches gets that type, the first that matches counts.
+    model: Hugging Face directory or hub id, or GGUF file.
+    task: JSONL or text file of examples.
+    outfile: GGUF to write.
+    score: one of SCORES (score_weights.py has the formulas).
+    reference: how Q(W) of the score is made, `rtn` or `gptq`.
+    target_bpw: bits per weight of the linear matrices that are not exceeded, scales and indices counted. Each matrix
+        gets the type of least predicted loss. DEFAULT_BPW if no other option says how large the file is to be.
+    target_size: the same for the whole file, in bytes or as '350M'.
+    base_type: one width for all matrices instead; kept weights fill up target_bpw.
+    no_kept: keep no weights at 16 bits, so that no matrix gets a mixed type.
+    ratio: share of the linear weights to keep, of base_type or TACQ2 matrices, at whatever size that takes.
+    tensor_types: 'REGEX=TYPE' entries; a matrix whose GGUF name matches gets that type, the first match counts.
     token_embedding_type, output_tensor_type: None is DEFAULT_EMBEDDING_TYPE, or what target_size leaves.
-    n_samples, seq_len: how many examples of the task, and to how many tokens each is cut.
+    n_samples, seq_len: how many examples of the task are used, and to how many tokens each is cut.
     refine_sweeps: passes of coordinate descent over the codes after GPTQ; 0 leaves GPTQ's.
-    damping: share of the Hessian's mean diagonal that GPTQ adds to it.  shrinkage: how much less it is believed the fewer tokens a column it was
-    made of (quantize_gptq.py).
-    compensation: how much of what the matrices before did wrong a matrix makes up for, from 0 to 1 (quantize_sequential.py).
-    precision: of the matrix products of the calibration, f32 or bf16 (autocast; 2 to 3 times faster where the CPU has it).
-    loss: what gradients are taken of, the whole text or the assistant's last turn alone (every example must have one).
+    damping: share of the Hessian's mean diagonal that GPTQ adds to it.
+    shrinkage: how much the Hessian's diagonal grows, the more the fewer tokens a column it was made of (hessian.py).
+    compensation: how much of the error of earlier matrices a matrix corrects, 0 to 1 (quantize_sequential.py).
+    precision: of the calibration's matrix products, f32 or bf16 (autocast; 2 to 3 times faster where the CPU has it).
+    loss: what gradients are taken of: the whole text, or the assistant's last turn alone.
     hessian: gradient weighs the tokens by their loss gradients (calibrate.py), plain counts all alike.
-    hessian_inputs: quantized has the model run block by block with what is quantized already, so that each matrix makes up for
-    those before it (quantize_sequential.py); float takes the calibration's, which is faster.
-    tune: fine-tune norms and biases against the full model at the end, on up to n_samples examples behind the first n_samples (tune_vectors.py).
-    device: auto, cpu, cuda or cuda:N.  threads: CPU threads (None: all this process may use).
-    workdir: where unfinished work lies (None: OUTFILE.work, removed at the end).  resume: go on with it.
+    hessian_inputs: quantized runs the model block by block with what is quantized already, so that each matrix
+        corrects errors of those before it (quantize_sequential.py); float takes the calibration's, which is faster.
+    tune: fine-tune norms and biases at the end, on up to n_samples examples behind the first (tune_vectors.py).
+    device: auto, cpu, cuda or cuda:N.
+    seed: of the random score and of the order of tune.
+    threads: CPU threads (None: all that this process may use).
+    workdir: where unfinished work lies (None: OUTFILE.work, removed at the end).
+    resume: go on with it.
+    force: replace an outfile that exists.
+    dry_run: check everything, write nothing.
     """
 
     model: str
@@ -106,7 +125,9 @@ class ExportConfig:
 
     @property
     def _own_workdir(self) -> Path:
-        return self.outfile.parent / (self.outfile.name + ".work")  # with_name() refuses "." and "/", which validate() names
+        return self.outfile.parent / (
+            self.outfile.name + ".work"
+        )  # with_name() refuses "." and "/", which validate() names
 
     @property
     def keeps_workdir(self) -> bool:
@@ -130,7 +151,10 @@ class ExportConfig:
         if len(sizes) > 1:
             raise TacqError(f"{' and '.join(sizes)} both say how large the file is to be; give one of them.")
         if self.base_type is not None and self.target_size is not None:
-            raise TacqError("--base-type gives all matrices one width, and --target-size chooses a width for each; give one of them.")
+            raise TacqError(
+                "--base-type gives all matrices one width, and --target-size chooses a width for each; give one of "
+                "them."
+            )
         if self.no_kept and self.ratio:
             raise TacqError(f"--ratio {self.ratio:g} keeps weights and --no-kept keeps none; give one of them.")
         self.fixed_types()
@@ -142,7 +166,8 @@ class ExportConfig:
             least = TYPES_BY_NAME[(self.base_type or "tacq2").upper()].bits_per_weight
             if not least <= self.target_bpw <= 6.25:
                 raise TacqError(
-                    f"--target-bpw is {self.target_bpw:g}, expected {least:g} to 6.25: {self.base_type or 'tacq2'} alone takes {least:g} bits per weight."
+                    f"--target-bpw is {self.target_bpw:g}, expected {least:g} to 6.25: {self.base_type or 'tacq2'} "
+                    f"alone takes {least:g} bits per weight."
                 )
         for name, least in (("n_samples", 1), ("seq_len", 8), ("seed", 0), ("refine_sweeps", 0)):
             if getattr(self, name) < least:
@@ -191,14 +216,19 @@ class ExportConfig:
 
     @property
     def bpw_limit(self) -> float | None:
-        """Bits per weight of the linear matrices that may not be exceeded; None where `ratio` or `target_size` decides."""
+        """Bits per weight of the linear matrices that may not be exceeded; None where `ratio` or `target_size`
+        decides."""
         if self.ratio is not None or self.target_size is not None:
             return None
         if self.target_bpw is not None:
             return self.target_bpw
         if self.base_type is not None and self.no_kept:
             return self.base.bits_per_weight
-        return DEFAULT_BPW if self.base_type is None else self.base.bits_per_weight + DEFAULT_BPW - TYPES_BY_NAME["TACQ2"].bits_per_weight
+        return (
+            DEFAULT_BPW
+            if self.base_type is None
+            else self.base.bits_per_weight + DEFAULT_BPW - TYPES_BY_NAME["TACQ2"].bits_per_weight
+        )
 
     def fixed_types(self) -> list[tuple[re.Pattern, str]]:
         """`tensor_types` as (pattern, type in lower case). Raises TacqError for an entry that is not REGEX=TYPE."""
@@ -207,16 +237,23 @@ class ExportConfig:
             pattern, _, name = entry.rpartition("=")
             allowed = [t.lower() for t in TYPES_BY_NAME] + [t for t in EMBEDDING_TYPES if t not in BASE_TYPES]
             if not pattern or name.lower() not in allowed:
-                raise TacqError(f"--tensor-type is '{entry}', expected REGEX=TYPE with one of the types {', '.join(allowed)}.")
+                raise TacqError(
+                    f"--tensor-type is '{entry}', expected REGEX=TYPE with one of the types {', '.join(allowed)}."
+                )
             try:
                 pairs.append((re.compile(pattern), name.lower()))
             except re.error as error:
-                raise TacqError(f"--tensor-type is '{entry}', and '{pattern}' is no regular expression ({error}).") from None
+                raise TacqError(
+                    f"--tensor-type is '{entry}', and '{pattern}' is no regular expression ({error})."
+                ) from None
         return pairs
 
     def calibration_fingerprint(self) -> dict:
         """What decides the gradients and Hessians: an export that shares these can use them again."""
-        return {f: str(getattr(self, f)) for f in ("model", "n_samples", "seq_len", "loss", "hessian", "precision", "device")}
+        return {
+            f: str(getattr(self, f))
+            for f in ("model", "n_samples", "seq_len", "loss", "hessian", "precision", "device")
+        }
 
     def fingerprint(self) -> dict:
         """Everything that decides the result, for `--resume`: not where files lie nor how they are made."""

@@ -37,7 +37,9 @@ class ConsoleReporter(Reporter):
         if self._bar is None and (done < total or done == 0):
             # Where nobody watches (a log file), a line every 15 seconds is enough.
             wait = 0.2 if sys.stderr.isatty() else 15
-            self._bar = tqdm(total=total, desc=what, file=sys.stderr, leave=True, dynamic_ncols=True, mininterval=wait, initial=done)
+            self._bar = tqdm(
+                total=total, desc=what, file=sys.stderr, leave=True, dynamic_ncols=True, mininterval=wait, initial=done
+            )
         if self._bar is not None:
             self._bar.total = total
             self._bar.update(done - self._bar.n)
@@ -50,6 +52,16 @@ class ConsoleReporter(Reporter):
         self._bar, self._what = None, ""
 
 
+def wait_passively() -> None:
+    """Let OpenMP's threads sleep while they wait, unless the user has set OMP_WAIT_POLICY. Call it before torch is
+    imported, which reads the setting.
+
+    Threads that spin take the time of whatever else runs: with one busy process beside it on two cores, a product of
+    two matrices is ten times faster so (tools/LOG.md, 2026-11-27).
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
 def positive(text: str) -> int:
     """argparse type of a count."""
     if not text.isdecimal() or int(text) == 0:
@@ -58,7 +70,8 @@ def positive(text: str) -> int:
 
 
 def guarded(run: Callable[[], None], interrupted: str) -> int:
-    """Call `run`; whatever it raises is said in one sentence. Returns the exit status: 0, 1 after an error, 130 after Ctrl-C.
+    """Call `run`; whatever it raises is said in one sentence. Returns the exit status: 0, 1 after an error, 130 after
+    Ctrl-C.
 
     interrupted: what is said after Ctrl-C.
     """
@@ -81,7 +94,11 @@ def guarded(run: Callable[[], None], interrupted: str) -> int:
         print("error: not enough memory; use a shorter --seq-len, or a machine with more.", file=sys.stderr)
         return 1
     except OSError as error:
-        print(f"error: {error.strerror or error}{f': {error.filename}' if error.filename else ''}; check the path, its permissions and the free space.", file=sys.stderr)
+        print(
+            f"error: {error.strerror or error}{f': {error.filename}' if error.filename else ''}; check the path, its "
+            "permissions and the free space.",
+            file=sys.stderr,
+        )
         return 1
     except Exception as error:  # a defect of ours; its traceback is for us, not for the user
         if os.environ.get("TACQ_EXPORT_DEBUG"):
@@ -90,7 +107,10 @@ def guarded(run: Callable[[], None], interrupted: str) -> int:
             print("error: not enough memory; use a shorter --seq-len, or a machine with more.", file=sys.stderr)
         else:
             cause = " ".join(str(error).split())[:300]
-            print(f"error: tacq-export failed in a way it should not ({type(error).__name__}: {cause}); "
-                  "please report it with the output of the same command under TACQ_EXPORT_DEBUG=1.", file=sys.stderr)  # fmt: skip
+            print(
+                f"error: tacq-export failed in a way it should not ({type(error).__name__}: {cause}); "
+                "please report it with the output of the same command under TACQ_EXPORT_DEBUG=1.",
+                file=sys.stderr,
+            )
         return 1
     return 0

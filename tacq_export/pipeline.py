@@ -1,4 +1,5 @@
-"""load -> calibrate -> score -> select -> quantize -> pack (-> tune) -> write -> verify: the whole way of an export on one screen."""
+"""load -> calibrate -> score -> select -> quantize -> pack (-> tune) -> write -> verify: the whole way of an export on
+one screen."""
 
 from __future__ import annotations
 
@@ -11,29 +12,33 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .calibrate import Calibration, calibrate, disk_bytes
+from .calibration.calibrate import Calibration, calibrate, disk_bytes
+from .calibration.score_weights import NEEDS_REFERENCE
 from .config import ExportConfig, parse_size
 from .errors import TacqError
-from .load_model import LinkedTensor, LoadedModel, load_model
-from .load_task import load_task, tokenize_for_loss
-from .pack_tensor import unpack_tensor
-from .plan_types import fixed_types, plan_types, predicted_loss
-from .quantize_model import gptq_error, head_tensor, quantize_embedding, quantize_matrices, rounding_error
+from .files import need_space
+from .format.gguf_file import numpy_shape, open_gguf, raw_bytes, type_named
+from .format.pack_tensor import unpack_tensor
+from .format.tensor_types import FORMAT_VERSION, TYPES_BY_ID, TYPES_BY_NAME, TensorType
+from .format.write_gguf import PlannedTensor, copied, encoded, write_gguf
+from .inputs.link_tensors import LinkedTensor
+from .inputs.load_model import LoadedModel, load_model
+from .inputs.load_task import load_task, tokenize_for_loss
+from .planning.plan_types import fixed_types, plan_types, predicted_loss
+from .planning.select_weights import TensorSelection
+from .quantization.quantize_model import gptq_error, head_tensor, quantize_embedding, quantize_matrices, rounding_error
+from .quantization.trial_errors import TRIAL
+from .quantization.tune_vectors import plan_tuning, save_head_inputs, tune_vectors
 from .reporting import Reporter
-from .runtime_source import need_space
-from .score_weights import NEEDS_REFERENCE
-from .select_weights import TensorSelection
-from .tensor_types import FORMAT_VERSION, TYPES_BY_ID, TYPES_BY_NAME, TensorType
-from .tune_vectors import plan_tuning, save_head_inputs, tune_vectors
 from .workdir import WorkDir
-from .write_gguf import PlannedTensor, copied, encoded, numpy_shape, open_gguf, raw_bytes, type_named, write_gguf
 
 
 @dataclass(frozen=True)
 class ExportResult:
     """What was written. bpw_file: 8 x bytes of the file / all weights; bpw_linear: true bits per weight of the linear
     matrices, scales and indices counted; kept: weights kept at 16 bits, selected: those of the global top among them;
-    predicted_loss: nats a token that the blocks' types were predicted to cost, None if what is kept was not measured."""
+    predicted_loss: nats a token that the blocks' types were predicted to cost, None if what is kept was not
+    measured."""
 
     outfile: Path
     file_bytes: int
@@ -52,7 +57,8 @@ class ExportResult:
 
 
 def export(config: ExportConfig, reporter: Reporter | None = None) -> ExportResult | None:
-    """Write the GGUF that `config` asks for; None after a dry run. Deterministic for a seed, a thread count and a device.
+    """Write the GGUF that `config` asks for; None after a dry run. Deterministic for a seed, a thread count and a
+    device.
 
     Raises TacqError, in one sentence, for whatever cannot be done; then there is no output, and the work folder lets
     `resume` go on.
@@ -75,10 +81,17 @@ def export(config: ExportConfig, reporter: Reporter | None = None) -> ExportResu
             work.remove()
     if config.dry_run:
         return None
-    need_space(config.outfile.parent, 1.1e-9 * upper_bound_bytes(loaded), "the output", "give --outfile on a larger disk")
-    need_space(work.calibration, 1e-9 * disk_bytes(loaded, head, config.score, work.calibration), "the calibration", "give --workdir on a larger disk")
+    need_space(
+        config.outfile.parent, 1.1e-9 * upper_bound_bytes(loaded), "the output", "give --outfile on a larger disk"
+    )
+    need_space(
+        work.calibration,
+        1e-9 * disk_bytes(loaded, head, config.score, work.calibration),
+        "the calibration",
+        "give --workdir on a larger disk",
+    )
 
-    calibration = calibrate(loaded, head, texts, begins, config, work.calibration, reporter)
+    calibration = calibrate(loaded, head, texts, begins, TRIAL, config, work.calibration, reporter)
     selection = work.load_selection()
     if selection is None:
         error = reference_error(loaded.linear, calibration, config, reporter)
@@ -101,7 +114,8 @@ def export(config: ExportConfig, reporter: Reporter | None = None) -> ExportResu
 
 
 def reference_error(linear: list[LinkedTensor], calibration: Calibration, config: ExportConfig, reporter: Reporter):
-    """(tensor, bits) -> W - Q(W) of the score, as --reference says; GPTQ's is computed once for each width asked for."""
+    """(tensor, bits) -> W - Q(W) of the score, as --reference says; GPTQ's is computed once for each width asked
+    for."""
     if config.reference == "rtn" or config.score not in NEEDS_REFERENCE:
         return rounding_error
     by_width: dict[int, dict[str, torch.Tensor]] = {}
@@ -114,19 +128,25 @@ def reference_error(linear: list[LinkedTensor], calibration: Calibration, config
     return error
 
 
-def describe(loaded: LoadedModel, texts: list[list[int]], task: str, fixed: dict[str, str], config: ExportConfig) -> str:
+def describe(
+    loaded: LoadedModel, texts: list[list[int]], task: str, fixed: dict[str, str], config: ExportConfig
+) -> str:
     """The plan in one line, said before the long work begins."""
     if config.target_size is not None:
         aim = f"a file of at most {parse_size(config.target_size)} bytes, types by predicted loss"
     elif config.allocates:
         aim = f"{config.bpw_limit:g} bits per weight, types by predicted loss"
     else:
-        aim = f"{config.base.name}, kept " + (f"{100 * config.ratio:g} %" if config.bpw_limit is None else f"up to {config.bpw_limit:g} bits per weight")
+        aim = f"{config.base.name}, kept " + (
+            f"{100 * config.ratio:g} %" if config.bpw_limit is None else f"up to {config.bpw_limit:g} bits per weight"
+        )
     ends = [t for t in (loaded.embedding, loaded.head) if t is not None and t.name in fixed]
     others = "".join(f", {t.name} {fixed[t.name].upper()}" for t in ends)
     return (
-        f"{loaded.name}: {len(loaded.linear)} matrices, {loaded.n_linear / 1e6:.1f} M weights -> {aim} (kept by '{config.score}'){others}. "
-        f"Task '{task}': {len(texts)} examples, {sum(map(len, texts))} tokens{', of which the answers count' if config.loss == 'answer' else ''}."
+        f"{loaded.name}: {len(loaded.linear)} matrices, {loaded.n_linear / 1e6:.1f} M weights -> {aim} (kept by "
+        f"'{config.score}'){others}. "
+        f"Task '{task}': {len(texts)} examples, {sum(map(len, texts))} "
+        f"tokens{', of which the answers count' if config.loss == 'answer' else ''}."
     )
 
 
@@ -135,7 +155,9 @@ def upper_bound_bytes(loaded: LoadedModel) -> float:
     return sum(t.n_bytes for t in loaded.reference.tensors)
 
 
-def metadata(config: ExportConfig, task: str, selection: dict[str, TensorSelection], n_samples: int, loaded: LoadedModel) -> dict:
+def metadata(
+    config: ExportConfig, task: str, selection: dict[str, TensorSelection], n_samples: int, loaded: LoadedModel
+) -> dict:
     """Our keys of the GGUF. `tacq.ratio` is the share that was selected; filling the sections keeps a little more."""
     return {
         "tacq.format_version": FORMAT_VERSION,
@@ -167,7 +189,9 @@ def planned_tensors(loaded: LoadedModel, fixed: dict[str, str], work: WorkDir) -
     for tensor in loaded.reference.tensors:
         if work.has_tensor(tensor.name):
             kind = type_named(work.load_facts(tensor.name)["type"])
-            planned.append(PlannedTensor(tensor.name, numpy_shape(tensor), kind, lambda name=tensor.name: work.load_tensor(name)))
+            planned.append(
+                PlannedTensor(tensor.name, numpy_shape(tensor), kind, lambda name=tensor.name: work.load_tensor(name))
+            )
         else:
             planned.append(encoded(tensor, fixed[tensor.name]) if tensor.name in fixed else copied(tensor))
     return planned
@@ -180,10 +204,14 @@ def check_written(outfile: Path, work: WorkDir) -> None:
         if ours is not None:
             unpack_tensor(ours, raw_bytes(tensor), int(np.prod(tensor.shape[1:])), int(tensor.shape[0]), tensor.name)
             if not np.array_equal(raw_bytes(tensor), work.load_tensor(tensor.name)):
-                raise TacqError(f"tensor '{tensor.name}' reads back other bytes than were written; the disk of {outfile} is faulty.")
+                raise TacqError(
+                    f"tensor '{tensor.name}' reads back other bytes than were written; the disk of {outfile} is faulty."
+                )
 
 
-def summarize(outfile: Path, loaded: LoadedModel, selection: dict[str, TensorSelection], predicted: float | None, started: float) -> ExportResult:
+def summarize(
+    outfile: Path, loaded: LoadedModel, selection: dict[str, TensorSelection], predicted: float | None, started: float
+) -> ExportResult:
     """Sizes of what was written, read off the file."""
     tensors = {t.name: t for t in open_gguf(outfile).tensors}
     n_weights = sum(int(t.n_elements) for t in tensors.values())

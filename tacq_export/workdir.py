@@ -1,10 +1,10 @@
 """Unfinished work of an export on disk: what was selected, and each tensor's bytes as soon as they are final.
 
-    state.json            what this work is of; --resume goes on only with the very same
-    reference-f16.gguf    the model before quantization (load_model.py)
-    calibration/          gradients and Hessians (calibrate.py), and calibration.json: what they are of
-    selection.pt          type and kept weights of every tensor
-    tensors/NAME.bin      bytes of a finished tensor, with its type, and its error and count, in NAME.json
+state.json            what this work is of; --resume goes on only with the very same
+reference-f16.gguf    the model before quantization (load_model.py)
+calibration/          gradients and Hessians (calibrate.py), and calibration.json: what they are of
+selection.pt          type and kept weights of every tensor
+tensors/NAME.bin      bytes of a finished tensor, with its type, and its error and count, in NAME.json
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .calibrate import CALIBRATION_VERSION
+from .calibration.calibrate import CALIBRATION_VERSION
 from .config import ExportConfig
 from .errors import TacqError
-from .select_weights import TensorSelection
-from .tensor_types import FORMAT_VERSION, TYPES_BY_NAME
-from .write_gguf import written_atomically
+from .files import written_atomically
+from .format.tensor_types import FORMAT_VERSION, TYPES_BY_NAME
+from .planning.select_weights import TensorSelection
 
 
 class WorkDir:
@@ -34,10 +34,15 @@ class WorkDir:
 
     @classmethod
     def open(cls, config: ExportConfig) -> WorkDir:
-        """Raises TacqError if --resume finds no earlier work or the work of other options, or a named folder holds other files."""
+        """Raises TacqError if --resume finds no earlier work or the work of other options, or a named folder holds
+        other files."""
         path = config.workdir
         versions = {"format_version": FORMAT_VERSION, "calibration_version": CALIBRATION_VERSION}
-        state = versions | {"model": _identity(config.model), "task": _sha256(config.task), "options": config.fingerprint()}
+        state = versions | {
+            "model": _identity(config.model),
+            "task": _sha256(config.task),
+            "options": config.fingerprint(),
+        }
         marker = path / "state.json"
         if config.resume:
             if not marker.is_file():
@@ -51,7 +56,9 @@ class WorkDir:
         if config.dry_run:  # elsewhere: trying out must not cost unfinished work
             path = path.with_name(path.name + ".dry-run")
             marker = path / "state.json"
-        calibration = {key: state[key] for key in ("calibration_version", "model", "task")} | {"options": config.calibration_fingerprint()}
+        calibration = {key: state[key] for key in ("calibration_version", "model", "task")} | {
+            "options": config.calibration_fingerprint()
+        }
         try:
             _clear(path, calibration)
             (path / "tensors").mkdir(parents=True)
@@ -59,7 +66,9 @@ class WorkDir:
             (path / "calibration.json").write_text(json.dumps(calibration, indent=1))
             marker.write_text(json.dumps(state, indent=1))
         except OSError as error:
-            raise TacqError(f"The work folder {path} cannot be made ({error.strerror}); give another with --workdir.") from None
+            raise TacqError(
+                f"The work folder {path} cannot be made ({error.strerror}); give another with --workdir."
+            ) from None
         return cls(path)
 
     @property
@@ -71,11 +80,20 @@ class WorkDir:
         path = self.path / "selection.pt"
         if not path.is_file():
             return None
-        return {name: TensorSelection(TYPES_BY_NAME[t], kept.long(), n) for name, (t, kept, n) in torch.load(path, weights_only=True).items()}
+        return {
+            name: TensorSelection(TYPES_BY_NAME[t], kept.long(), n)
+            for name, (t, kept, n) in torch.load(path, weights_only=True).items()
+        }
 
     def save_selection(self, selection: dict[str, TensorSelection]) -> None:
-        plain = {name: (s.type.name, s.kept.to(torch.int32) if s.kept.numel() == 0 or int(s.kept.max()) < 2**31 else s.kept, s.selected)
-                 for name, s in selection.items()}  # fmt: skip
+        plain = {
+            name: (
+                s.type.name,
+                s.kept.to(torch.int32) if s.kept.numel() == 0 or int(s.kept.max()) < 2**31 else s.kept,
+                s.selected,
+            )
+            for name, s in selection.items()
+        }
         with written_atomically(self.path / "selection.pt") as partial:
             torch.save(plain, partial)
 

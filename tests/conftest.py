@@ -2,8 +2,10 @@
 
 import os
 
-# Read when torch is imported. The matrices here are tiny: on two busy cores a second thread makes them ten times slower.
+# Read when torch is imported. The matrices here are tiny: on two busy cores a second thread makes them ten times
+# slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import sys
 from pathlib import Path
@@ -11,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tacq_export.errors import TacqError
-from tacq_export.runtime import runtime_path
+from tacq_export.runtime.build import runtime_path
 
 
 @pytest.fixture(scope="session")
@@ -34,10 +36,12 @@ def model(runtime) -> Path:
 
 @pytest.fixture(scope="session")
 def load_tiny(tmp_path_factory):
-    """load_tiny(architecture): a tiny Hugging Face folder (tiny_hf.py), loaded and converted; each once in a session."""
-    from tacq_export.load_model import load_model
-    from tacq_export.reporting import Reporter
+    """load_tiny(architecture): a tiny Hugging Face folder (tiny_hf.py), loaded and converted; each once in a
+    session."""
     from tiny_hf import write_model_folder
+
+    from tacq_export.inputs.load_model import load_model
+    from tacq_export.reporting import Reporter
 
     loaded = {}
 
@@ -62,6 +66,9 @@ def tiny_gguf(load_tiny):
 def tiny_task(tmp_path_factory):
     """A task file of eight short questions and answers."""
     path = tmp_path_factory.mktemp("task") / "sums.jsonl"
-    rows = [f'{{"question": "how many apples are {i} and {i + 1}", "answer": "{2 * i + 1} apples are left"}}' for i in range(8)]
+    rows = [
+        f'{{"question": "how many apples are {i} and {i + 1}", "answer": "{2 * i + 1} apples are left"}}'
+        for i in range(8)
+    ]
     path.write_text("\n".join(rows) + "\n")
     return path

@@ -23,16 +23,30 @@ class Ggml:
         self.base = ctypes.CDLL(str(folder / "libggml-base.so"))
         self.cpu = ctypes.CDLL(str(folder / "libggml-cpu.so"))
         p, i, i64, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_size_t
-        self.bind("ggml_", [
-            ("init", p, [InitParams]), ("free", None, [p]), ("get_data", p, [p]),
-            ("new_tensor", p, [p, i, i, ctypes.POINTER(i64)]), ("nbytes", size, [p]),
-            ("mul_mat", p, [p, p, p]), ("mul_mat_id", p, [p, p, p, p]), ("get_rows", p, [p, p, p]),
-            ("permute", p, [p, p, i, i, i, i]), ("view_2d", p, [p, p, i64, i64, size, size]),
-            ("reshape_2d", p, [p, p, i64, i64]), ("cast", p, [p, p, i]), ("add", p, [p, p, p]),
-            ("new_graph", p, [p]), ("build_forward_expand", None, [p, p]),
-            ("type_name", ctypes.c_char_p, [i]), ("type_size", size, [i]), ("blck_size", i64, [i]),
-            ("row_size", size, [i, i64]),
-        ])  # fmt: skip
+        self.bind(
+            "ggml_",
+            [
+                ("init", p, [InitParams]),
+                ("free", None, [p]),
+                ("get_data", p, [p]),
+                ("new_tensor", p, [p, i, i, ctypes.POINTER(i64)]),
+                ("nbytes", size, [p]),
+                ("mul_mat", p, [p, p, p]),
+                ("mul_mat_id", p, [p, p, p, p]),
+                ("get_rows", p, [p, p, p]),
+                ("permute", p, [p, p, i, i, i, i]),
+                ("view_2d", p, [p, p, i64, i64, size, size]),
+                ("reshape_2d", p, [p, p, i64, i64]),
+                ("cast", p, [p, p, i]),
+                ("add", p, [p, p, p]),
+                ("new_graph", p, [p]),
+                ("build_forward_expand", None, [p, p]),
+                ("type_name", ctypes.c_char_p, [i]),
+                ("type_size", size, [i]),
+                ("blck_size", i64, [i]),
+                ("row_size", size, [i, i64]),
+            ],
+        )
         self.cpu.ggml_cpu_init()
         self.cpu.ggml_graph_compute_with_ctx.argtypes = [p, p, i]
 
@@ -66,4 +80,8 @@ class Ggml:
         assert self.cpu.ggml_graph_compute_with_ctx(ctx, graph, threads) == 0
         n = int(np.prod(shape))
         assert self.nbytes(op) == 4 * n
-        return np.ctypeslib.as_array(ctypes.cast(self.get_data(op), ctypes.POINTER(ctypes.c_float)), (n,)).reshape(shape).copy()
+        return (
+            np.ctypeslib.as_array(ctypes.cast(self.get_data(op), ctypes.POINTER(ctypes.c_float)), (n,))
+            .reshape(shape)
+            .copy()
+        )

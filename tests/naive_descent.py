@@ -1,13 +1,15 @@
-"""The quantizer's choice of scale byte and codes, done naively in float64: one row, one weight, one candidate after the other.
+"""The quantizer's choice of scale byte and codes, done naively in float64: one row, one weight, one candidate after the
+other.
 
-Written from the docstrings of group_descent.c and quantize_gptq.py, with explicit matrices: what the tests hold the C against.
+Written from the docstrings of group_descent.c and quantize_gptq.py, with explicit matrices: what the tests hold the C
+against.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from tacq_export.block_codec import CODECS
+from tacq_export.format.block_codec import CODECS
 
 WINDOW = {2: (4, 1), 3: (6, 1), 4: (8, 4)}  # scales below and above the least that does not clip
 
@@ -27,13 +29,19 @@ def candidate_bytes(bits: int, peak: float) -> list[int]:
         reach[-1] = np.inf  # beyond the range the largest scale has to do
         least = max(int(np.flatnonzero(reach >= peak)[0]), 1)
         for sign in (0, 128):
-            found += [sign | book << codec.scale_bits | k for k in range(least - below, least + above + 1) if 1 <= k < len(reach)]
+            found += [
+                sign | book << codec.scale_bits | k
+                for k in range(least - below, least + above + 1)
+                if 1 <= k < len(reach)
+            ]
     return found
 
 
-def descend(bits: int, byte: int, h: np.ndarray, gradient: np.ndarray, values: np.ndarray, kept: np.ndarray, passes: int):
-    """(codes, base values, values) after `passes` over one group: each weight in turn gets the level of least loss, a kept one
-    the least loss itself."""
+def descend(
+    bits: int, byte: int, h: np.ndarray, gradient: np.ndarray, values: np.ndarray, kept: np.ndarray, passes: int
+):
+    """(codes, base values, values) after `passes` over one group: each weight in turn gets the level of least loss, a
+    kept one the least loss itself."""
     grid = values_of_byte(bits, byte)
     v, codes = values.copy(), np.zeros(len(values), np.uint8)
     for _ in range(passes):
@@ -48,10 +56,20 @@ def loss_change(h: np.ndarray, gradient: np.ndarray, step: np.ndarray) -> float:
     return float(gradient @ step + 0.5 * step @ h @ step)
 
 
-def best_group(bits: int, h: np.ndarray, gradient: np.ndarray, values: np.ndarray, kept: np.ndarray, present: int | None, codes: np.ndarray, passes: int = 2):
+def best_group(
+    bits: int,
+    h: np.ndarray,
+    gradient: np.ndarray,
+    values: np.ndarray,
+    kept: np.ndarray,
+    present: int | None,
+    codes: np.ndarray,
+    passes: int = 2,
+):
     """(byte, codes, base values, values) of one group of one row.
 
-    present: the byte it has, None if it has none yet; codes: those under it. A group keeps what it has unless that lowers the loss.
+    present: the byte it has, None if it has none yet; codes: those under it. A group keeps what it has unless that
+    lowers the loss.
     """
     shown = (values - gradient / h.diagonal() if present is None else values)[~kept]
     peak = np.abs(shown).max() if len(shown) else 0.0
@@ -82,12 +100,25 @@ def loss_of(weights: np.ndarray, values: np.ndarray, h: np.ndarray) -> np.ndarra
     return np.einsum("ri,ij,rj->r", d, h, d)
 
 
-def naive_gptq(bits: int, weights: np.ndarray, hessian: np.ndarray, kept: np.ndarray | None, damping: float, sweeps: int, feed_forward: bool = True):
+def naive_gptq(
+    bits: int,
+    weights: np.ndarray,
+    hessian: np.ndarray,
+    kept: np.ndarray | None,
+    damping: float,
+    sweeps: int,
+    feed_forward: bool = True,
+):
     """{codes, scale_bytes, base, values} of one matrix; every linear system is solved anew."""
     h, w = damped(hessian, damping), np.asarray(weights, float)
     rows, columns = w.shape
     kept = np.zeros(w.shape, bool) if kept is None else kept
-    out = {"codes": np.zeros(w.shape, np.uint8), "scale_bytes": np.zeros((rows, columns // 32), np.uint8), "base": np.zeros(w.shape), "values": np.zeros(w.shape)}
+    out = {
+        "codes": np.zeros(w.shape, np.uint8),
+        "scale_bytes": np.zeros((rows, columns // 32), np.uint8),
+        "base": np.zeros(w.shape),
+        "values": np.zeros(w.shape),
+    }
 
     def put(r: int, g: int, own: slice, found: tuple) -> None:
         out["scale_bytes"][r, g], out["codes"][r, own], out["base"][r, own], out["values"][r, own] = found
@@ -95,7 +126,9 @@ def naive_gptq(bits: int, weights: np.ndarray, hessian: np.ndarray, kept: np.nda
     target = w.copy()
     for g in range(columns // 32):
         own, later = slice(32 * g, 32 * g + 32), slice(32 * g + 32, columns)
-        follow = -np.linalg.solve(h[later, later], h[later, own])  # later columns of least loss, for an error of this group
+        follow = -np.linalg.solve(
+            h[later, later], h[later, own]
+        )  # later columns of least loss, for an error of this group
         matrix = h[own, own] + h[own, later] @ follow if feed_forward else h[own, own]
         for r in range(rows):
             put(r, g, own, best_group(bits, matrix, np.zeros(32), target[r, own], kept[r, own], None, None))
@@ -107,5 +140,18 @@ def naive_gptq(bits: int, weights: np.ndarray, hessian: np.ndarray, kept: np.nda
             gradient = (out["values"] - w) @ h[:, own]
             for r in range(rows):
                 present = int(out["scale_bytes"][r, g])
-                put(r, g, own, best_group(bits, h[own, own], gradient[r], out["values"][r, own], kept[r, own], present, out["codes"][r, own]))
+                put(
+                    r,
+                    g,
+                    own,
+                    best_group(
+                        bits,
+                        h[own, own],
+                        gradient[r],
+                        out["values"][r, own],
+                        kept[r, own],
+                        present,
+                        out["codes"][r, own],
+                    ),
+                )
     return out

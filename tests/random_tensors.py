@@ -1,13 +1,14 @@
-"""Random tensors of our types, in the numbers that the format can hold rather than those that a quantizer would choose."""
+"""Random tensors of our types, in the numbers that the format can hold rather than those that a quantizer would
+choose."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from tacq_export.block_codec import CODECS
-from tacq_export.pack_tensor import QuantizedTensor
-from tacq_export.sparse_section import KeptWeights, capacity
-from tacq_export.tensor_types import TensorType
+from tacq_export.format.block_codec import CODECS
+from tacq_export.format.pack_tensor import QuantizedTensor
+from tacq_export.format.sparse_section import KeptWeights, capacity
+from tacq_export.format.tensor_types import TensorType
 
 
 def random_kept(rng: np.random.Generator, rows: int, columns: int, p: int) -> KeptWeights:

@@ -13,11 +13,12 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-
-from tacq_export import cli, decode_in_c
-from tacq_export.config import ExportConfig
-from tacq_export.tensor_types import register_with_gguf, tensor_type
 from tiny_model import write_tiny_model
+
+from tacq_export import cli, cli_options
+from tacq_export.config import ExportConfig
+from tacq_export.format.tensor_types import register_with_gguf, tensor_type
+from tacq_export.runtime import decode_in_c
 
 
 @pytest.fixture
@@ -113,10 +114,12 @@ ERRORS = {
     "verify damaged.gguf": "tensor 'token_embd.weight': sparse section has magic",
     "verify ours.gguf --against model.gguf": "give --against REF with --task FILE or --text FILE",
     "verify ours.gguf --task task.jsonl": "give --against REF with --task FILE or --text FILE",
-    "verify ours.gguf --against model.gguf --text task.jsonl --loss answer": "A plain text has no answers; use --loss answer with --task FILE.",
+    "verify ours.gguf --against model.gguf --text task.jsonl --loss answer": "A plain text has no answers; use --loss "
+    "answer with --task FILE.",
     "verify ours.gguf": "llama.cpp with the TACQ types is not built yet",
     # compare
-    "compare model.gguf --file ours.gguf --task task.jsonl --eval task.jsonl": "llama.cpp with the TACQ types is not built yet",
+    "compare model.gguf --file ours.gguf --task task.jsonl --eval task.jsonl": "llama.cpp with the TACQ types is not "
+    "built yet",
     # run
     "run gone.gguf -p hello": "There is no file gone.gguf",
     "run ours.gguf -p hello": "llama.cpp with the TACQ types is not built yet",
@@ -149,7 +152,7 @@ def test_what_cannot_be_done_is_one_line_and_status_1(here, capsys, command):
 
 
 def test_a_text_to_compare_on_that_is_no_utf8_is_one_line(here, capsys, monkeypatch):
-    monkeypatch.setattr("tacq_export.decode_in_c.check_decoding", lambda *_: 0)
+    monkeypatch.setattr("tacq_export.runtime.decode_in_c.check_decoding", lambda *_: 0)
     for text, message in (("latin1.txt", "latin1.txt is not UTF-8 text"), ("gone.txt", "gone.txt")):
         assert cli.main(["verify", "ours.gguf", "--against", "model.gguf", "--text", text]) == 1
         error = capsys.readouterr().err
@@ -157,8 +160,21 @@ def test_a_text_to_compare_on_that_is_no_utf8_is_one_line(here, capsys, monkeypa
 
 
 @pytest.mark.parametrize(
-    "command", ["", "model.gguf", "--task task.jsonl", f"{EXPORT} --ratio many", f"{EXPORT} --nonsense", "inspect", "dequantize ours.gguf", "dequantize ours.gguf --outfile o --outtype q2_k", "runtime", "runtime clean", "run ours.gguf"],
-)  # fmt: skip
+    "command",
+    [
+        "",
+        "model.gguf",
+        "--task task.jsonl",
+        f"{EXPORT} --ratio many",
+        f"{EXPORT} --nonsense",
+        "inspect",
+        "dequantize ours.gguf",
+        "dequantize ours.gguf --outfile o --outtype q2_k",
+        "runtime",
+        "runtime clean",
+        "run ours.gguf",
+    ],
+)
 def test_wrong_usage_is_status_2_with_a_usage_line(here, capsys, command):
     with pytest.raises(SystemExit) as ended:
         cli.main(command.split())
@@ -167,7 +183,7 @@ def test_wrong_usage_is_status_2_with_a_usage_line(here, capsys, command):
     assert error.startswith("usage: tacq-export") and "error: " in error.splitlines()[-1]
 
 
-@pytest.mark.parametrize("command", cli.COMMANDS)
+@pytest.mark.parametrize("command", cli_options.COMMANDS)
 def test_every_command_explains_itself(capsys, command):
     for argv in ([command, "--help"], [command, "-h"]):
         with pytest.raises(SystemExit) as ended:
@@ -180,12 +196,27 @@ def test_the_help_of_an_export_names_every_option_and_its_true_default(capsys):
     with pytest.raises(SystemExit):
         cli.main(["--help"])
     text = " ".join(capsys.readouterr().out.partition("options:")[2].split())
-    for command in cli.COMMANDS:
+    for command in cli_options.COMMANDS:
         assert command == "export" or re.search(rf"tacq-export {command} +\w", text), command
     for field in dataclasses.fields(ExportConfig):
-        flag = {"tensor_types": "--tensor-type"}.get(field.name, "--" + field.name.replace("_", "-"))  # given once for each
+        flag = {"tensor_types": "--tensor-type"}.get(
+            field.name, "--" + field.name.replace("_", "-")
+        )  # given once for each
         assert field.name == "model" or flag in text, field.name
-    for flag in ("score", "reference", "loss", "hessian", "precision", "n_samples", "seq_len", "damping", "shrinkage", "compensation", "seed", "device"):
+    for flag in (
+        "score",
+        "reference",
+        "loss",
+        "hessian",
+        "precision",
+        "n_samples",
+        "seq_len",
+        "damping",
+        "shrinkage",
+        "compensation",
+        "seed",
+        "device",
+    ):
         default = next(f.default for f in dataclasses.fields(ExportConfig) if f.name == flag)
         said = re.search(rf"--{flag.replace('_', '-')} [A-Z]\w* .*?\(default:? ([\w.]+)\)", text)
         assert said and said[1] == str(default), flag
@@ -201,21 +232,46 @@ def test_options_left_out_are_those_of_the_configuration(monkeypatch, here):
 def test_every_option_reaches_the_configuration(monkeypatch, here):
     seen = []
     monkeypatch.setattr("tacq_export.pipeline.export", lambda config, reporter: seen.append(config))
-    options = dict(
-        score="fisher", reference="gptq", target_bpw=3.5, base_type="tacq3", token_embedding_type="f16", output_tensor_type="q8_0", n_samples=5,
-        seq_len=99, damping=0.5, shrinkage=1.5, compensation=0.75, device="cpu", seed=7, threads=2, workdir="w", hessian="plain", loss="answer", precision="bf16", refine_sweeps=1,
-    )  # fmt: skip
+    options = {
+        "score": "fisher",
+        "reference": "gptq",
+        "target_bpw": 3.5,
+        "base_type": "tacq3",
+        "token_embedding_type": "f16",
+        "output_tensor_type": "q8_0",
+        "n_samples": 5,
+        "seq_len": 99,
+        "damping": 0.5,
+        "shrinkage": 1.5,
+        "compensation": 0.75,
+        "device": "cpu",
+        "seed": 7,
+        "threads": 2,
+        "workdir": "w",
+        "hessian": "plain",
+        "loss": "answer",
+        "precision": "bf16",
+        "refine_sweeps": 1,
+    }
     argv = [text for key, value in options.items() for text in ("--" + key.replace("_", "-"), str(value))]
-    assert cli.main(["export", "model.gguf", "--task", "task.jsonl", "--outfile", "o.gguf", *argv, "--force", "--dry-run"]) == 0
-    assert seen[0] == ExportConfig(model="model.gguf", task="task.jsonl", outfile="o.gguf", force=True, dry_run=True, **options)
+    assert (
+        cli.main(["export", "model.gguf", "--task", "task.jsonl", "--outfile", "o.gguf", *argv, "--force", "--dry-run"])
+        == 0
+    )
+    assert seen[0] == ExportConfig(
+        model="model.gguf", task="task.jsonl", outfile="o.gguf", force=True, dry_run=True, **options
+    )
 
 
 def test_a_size_and_patterns_reach_the_configuration(monkeypatch, here):
     seen = []
     monkeypatch.setattr("tacq_export.pipeline.export", lambda config, reporter: seen.append(config))
-    argv = "model.gguf --task task.jsonl --outfile o.gguf --target-size 1.2G --no-kept --tensor-type ffn_down=tacq3 --tensor-type ffn=q8_0"
+    argv = (
+        "model.gguf --task task.jsonl --outfile o.gguf --target-size 1.2G --no-kept --tensor-type ffn_down=tacq3 "
+        "--tensor-type ffn=q8_0"
+    )
     assert cli.main(argv.split()) == 0
-    expected = dict(target_size="1.2G", no_kept=True, tensor_types=("ffn_down=tacq3", "ffn=q8_0"))
+    expected = {"target_size": "1.2G", "no_kept": True, "tensor_types": ("ffn_down=tacq3", "ffn=q8_0")}
     assert seen[0] == ExportConfig(model="model.gguf", task="task.jsonl", outfile="o.gguf", **expected)
 
 
@@ -242,7 +298,9 @@ def test_an_export_prints_what_it_wrote(here, capsys):
     linear = [t for t in reader.tensors if t.name.startswith("blk.") and len(t.shape) > 1]
     bpw = 8 * sum(int(t.n_bytes) for t in linear) / sum(int(t.n_elements) for t in linear)
     whole = 8 * (here / "out.gguf").stat().st_size / sum(int(t.n_elements) for t in reader.tensors)
-    assert captured.out.startswith(f"out.gguf: 0.1 MB, {whole:.3f} bits per weight of the file; linear matrices {bpw:.3f} ")
+    assert captured.out.startswith(
+        f"out.gguf: 0.1 MB, {whole:.3f} bits per weight of the file; linear matrices {bpw:.3f} "
+    )
     assert len([line for line in captured.err.splitlines() if line.startswith("blk.")]) == 14, "one line a matrix"
 
 
@@ -253,7 +311,11 @@ def test_inspect_tells_what_gguf_py_tells(here, capsys):
     reader = gguf.GGUFReader(here / "ours.gguf")
     assert facts["file_bytes"] == (here / "ours.gguf").stat().st_size and facts["metadata"]["tacq.format_version"] == 1
     for found, tensor in zip(facts["tensors"], reader.tensors, strict=True):
-        assert (found["name"], found["bytes"], found["type"]) == (tensor.name, int(tensor.n_bytes), tensor.tensor_type.name)
+        assert (found["name"], found["bytes"], found["type"]) == (
+            tensor.name,
+            int(tensor.n_bytes),
+            tensor.tensor_type.name,
+        )
         assert found["shape"] == tensor.shape.tolist()[::-1]
         if tensor.tensor_type.name == "TACQ2_S16":
             section = tensor.data.reshape(-1)[int(tensor.n_elements) // 64 * 18 :]
@@ -261,7 +323,9 @@ def test_inspect_tells_what_gguf_py_tells(here, capsys):
         else:
             assert found["kept"] == 0
     linear = [t for t in reader.tensors if t.name.startswith("blk.") and len(t.shape) > 1]
-    assert facts["bpw_linear"] == pytest.approx(8 * sum(int(t.n_bytes) for t in linear) / sum(int(t.n_elements) for t in linear))
+    assert facts["bpw_linear"] == pytest.approx(
+        8 * sum(int(t.n_bytes) for t in linear) / sum(int(t.n_elements) for t in linear)
+    )
 
 
 def test_the_picture_is_darker_where_more_is_kept(here, capsys):
@@ -275,7 +339,9 @@ def test_the_picture_is_darker_where_more_is_kept(here, capsys):
 def test_dequantize_writes_a_stock_file(here, capsys):
     assert cli.main(["dequantize", "ours.gguf", "--outfile", "stock.gguf", "--outtype", "f32"]) == 0
     assert capsys.readouterr().out.startswith("stock.gguf: ")
-    assert all(np.isfinite(t.data).all() and t.tensor_type.name == "F32" for t in gguf.GGUFReader(here / "stock.gguf").tensors)
+    assert all(
+        np.isfinite(t.data).all() and t.tensor_type.name == "F32" for t in gguf.GGUFReader(here / "stock.gguf").tensors
+    )
     assert cli.main(["dequantize", "ours.gguf", "--outfile", "stock.gguf", "--force"]) == 0
 
 
@@ -285,8 +351,16 @@ def test_dequantize_writes_a_stock_file(here, capsys):
         (KeyboardInterrupt(), 130, "interrupted; the same command with --resume goes on"),
         (MemoryError(), 1, "error: not enough memory"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 1, "error: not enough memory"),
-        (PermissionError(13, "Permission denied", "secret.gguf"), 1, "error: Permission denied: secret.gguf; check the path"),
-        (ZeroDivisionError("a\n b"), 1, "error: tacq-export failed in a way it should not (ZeroDivisionError: a b); please report it"),
+        (
+            PermissionError(13, "Permission denied", "secret.gguf"),
+            1,
+            "error: Permission denied: secret.gguf; check the path",
+        ),
+        (
+            ZeroDivisionError("a\n b"),
+            1,
+            "error: tacq-export failed in a way it should not (ZeroDivisionError: a b); please report it",
+        ),
     ],
 )
 def test_other_ends(monkeypatch, capsys, error, status, message):
@@ -304,12 +378,17 @@ def test_other_ends(monkeypatch, capsys, error, status, message):
 
 
 def python_m(*argv: str, **options) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "tacq_export", *argv], capture_output=True, text=True, timeout=60, **options)
+    return subprocess.run(
+        [sys.executable, "-m", "tacq_export", *argv], capture_output=True, text=True, timeout=60, **options
+    )
 
 
 def test_as_a_program_errors_go_to_stderr_and_the_status_is_1(here):
     done = python_m("inspect", "gone.gguf")
-    assert (done.returncode, done.stdout) == (1, "") and done.stderr == "error: There is no file gone.gguf; give the path of a GGUF.\n"
+    assert (done.returncode, done.stdout) == (
+        1,
+        "",
+    ) and done.stderr == "error: There is no file gone.gguf; give the path of a GGUF.\n"
     assert python_m("inspect", "ours.gguf").returncode == 0
 
 
@@ -317,13 +396,21 @@ def test_a_reader_that_leaves_is_no_error(here):
     """As `| head -1`: the pipe is closed before anything is printed."""
     reading, writing = os.pipe()
     os.close(reading)
-    done = subprocess.run([sys.executable, "-m", "tacq_export", "inspect", "ours.gguf"], stdout=writing, stderr=subprocess.PIPE, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-m", "tacq_export", "inspect", "ours.gguf"],
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=60,
+    )
     os.close(writing)
     assert done.returncode == 0 and done.stderr == ""
 
 
 def test_help_and_inspect_need_neither_torch_nor_transformers(here):
     for argv in (["--help"], ["inspect", "ours.gguf"], ["runtime", "--help"]):
-        script = f"import sys; from tacq_export.cli import main\ntry:\n    main({argv!r})\nexcept SystemExit:\n    pass\n"
+        script = (
+            f"import sys; from tacq_export.cli import main\ntry:\n    main({argv!r})\nexcept SystemExit:\n    pass\n"
+        )
         script += "sys.exit(3 if {'torch', 'transformers'} & set(sys.modules) else 0)"
         assert subprocess.run([sys.executable, "-c", script], stdout=subprocess.DEVNULL).returncode == 0, argv

@@ -1,4 +1,5 @@
-"""The whole way on the real 135M model, few examples: task file in, GGUF out, run by llama.cpp's programs and by Python."""
+"""The whole way on the real 135M model, few examples: task file in, GGUF out, run by llama.cpp's programs and by
+Python."""
 
 from __future__ import annotations
 
@@ -14,12 +15,12 @@ import numpy as np
 import pytest
 import torch
 
-from tacq_export.inspect_gguf import density_picture, inspect_gguf
-from tacq_export.llama_logits import CHUNK, LlamaLogits
-from tacq_export.load_task import gguf_tokenizer, load_task, tokenize_task
-from tacq_export.tensor_types import TYPES_BY_NAME
-from tacq_export.verify_gguf import compare_models, summarize, token_statistics
-from tacq_export.write_gguf import field_value, open_gguf, tensor_values
+from tacq_export.evaluation.verify import compare_models, summarize, token_statistics
+from tacq_export.format.gguf_file import field_value, open_gguf, tensor_values
+from tacq_export.format.inspect_gguf import density_picture, inspect_gguf
+from tacq_export.format.tensor_types import TYPES_BY_NAME
+from tacq_export.inputs.load_task import gguf_tokenizer, load_task, tokenize_task
+from tacq_export.runtime.llama_logits import CHUNK, LlamaLogits
 
 ROOT = Path(__file__).resolve().parent.parent
 CALIBRATION = ROOT / "tools" / "data" / "gsm8k-train-128.jsonl"
@@ -28,7 +29,12 @@ HELD_OUT = ROOT / "tools" / "data" / "gsm8k-test-24.jsonl"
 
 def command(*arguments: object) -> subprocess.CompletedProcess:
     """Run `tacq-export`; fail with its message if it does."""
-    done = subprocess.run([sys.executable, "-m", "tacq_export", *map(str, arguments)], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    done = subprocess.run(
+        [sys.executable, "-m", "tacq_export", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return done
 
@@ -37,7 +43,19 @@ def command(*arguments: object) -> subprocess.CompletedProcess:
 def exported(model, tmp_path_factory) -> Path:
     """Exported with 12 of the 128 examples, to be quick, and the embedding left at F16."""
     folder = tmp_path_factory.mktemp("export")
-    command(model, "--task", CALIBRATION, "--outfile", folder / "small.gguf", "--n-samples", 12, "--token-embedding-type", "f16", "-w", folder / "work")
+    command(
+        model,
+        "--task",
+        CALIBRATION,
+        "--outfile",
+        folder / "small.gguf",
+        "--n-samples",
+        12,
+        "--token-embedding-type",
+        "f16",
+        "-w",
+        folder / "work",
+    )
     return folder / "small.gguf"
 
 
@@ -59,10 +77,14 @@ def quality(exported, reference, texts):
 def test_size_and_metadata(exported):
     facts = inspect_gguf(exported)
     linear = [t for t in facts.tensors if t.is_linear]
-    assert len(linear) == 210 and {t.type[:5] for t in linear} >= {"TACQ2", "TACQ3"}, "the allocation gives every matrix the same width"
+    assert len(linear) == 210 and {t.type[:5] for t in linear} >= {"TACQ2", "TACQ3"}, (
+        "the allocation gives every matrix the same width"
+    )
     # The limit of the default options, and the allocator's reach; counted from the file's own tensor sizes.
     assert 2.44 < 8 * sum(t.nbytes for t in linear) / sum(t.n_weights for t in linear) == facts.bpw_linear <= 2.45
-    assert 0 < sum(t.kept for t in linear) / sum(t.n_weights for t in linear) < 0.00625  # 0.2 bits a weight at 32 bits for each kept one
+    assert (
+        0 < sum(t.kept for t in linear) / sum(t.n_weights for t in linear) < 0.00625
+    )  # 0.2 bits a weight at 32 bits for each kept one
     assert len(density_picture(facts)) == 1 + 7
     reader = open_gguf(exported)
     keys = {k: field_value(reader, f"tacq.{k}") for k in ("format_version", "score", "task", "n_samples", "seq_len")}
@@ -82,22 +104,26 @@ def test_everything_else_is_the_reference(exported, reference):
 
 
 def test_quality_is_far_better_than_rounding(quality):
-    # Measured with these 12 examples: KL .285 +- .013, top-1 .779, perplexity 1.16 times the reference's; without --shrinkage and --compensation .466, .708, 1.36.
-    # Plain 2-bit rounding at 2.5 bits has KL 3.55 (DESIGN's table), the stock IQ2_XS at 2.31 bits 2.12; a broken scale, row order
-    # or kernel gives more than that.
+    # Measured with these 12 examples: KL .285 +- .013, top-1 .779, perplexity 1.16 times the reference's; without
+    # --shrinkage and --compensation .466, .708, 1.36. Plain 2-bit rounding at 2.5 bits has KL 3.55 (DESIGN's table),
+    # the stock IQ2_XS at 2.31 bits 2.12; a broken scale, row order or kernel gives more than that.
     assert 0.2 < quality.kl < 0.37
     assert quality.top1 > 0.74
     assert quality.ref_ppl < quality.ppl < 1.3 * quality.ref_ppl
 
 
 def test_only_tokens_from_where_an_answer_begins_count(exported, reference, texts):
-    """The logits of the whole texts, cut here; where a text has a second chunk of logits its answer begins in it, else halfway."""
+    """The logits of the whole texts, cut here; where a text has a second chunk of logits its answer begins in it, else
+    halfway."""
     begins = [CHUNK + 3 if len(text) > CHUNK + 5 else len(text) // 2 for text in texts]
     assert {begin > CHUNK for begin in begins} == {True, False}
     longest, stats = max(map(len, texts)), []
     with LlamaLogits(reference, longest) as full, LlamaLogits(exported, longest) as small:
-        for text, begin in zip(texts, begins):
-            p, q = (np.concatenate([logits.copy() for _, logits in model.chunks(text)])[begin - 1 : -1] for model in (full, small))
+        for text, begin in zip(texts, begins, strict=False):
+            p, q = (
+                np.concatenate([logits.copy() for _, logits in model.chunks(text)])[begin - 1 : -1]
+                for model in (full, small)
+            )
             stats.append(token_statistics(p, q, np.array(text[begin:])))
     found = compare_models(reference, exported, texts, begins=begins)
     assert asdict(found) == pytest.approx(asdict(summarize(np.concatenate(stats))), rel=1e-9)
@@ -105,7 +131,8 @@ def test_only_tokens_from_where_an_answer_begins_count(exported, reference, text
 
 
 def test_llama_cpp_and_torch_agree_on_the_quality(exported, reference, texts, quality):
-    """KL through llama.cpp (8-bit activations) within 3 % of KL in torch with the decoded weights (the issue's bound)."""
+    """KL through llama.cpp (8-bit activations) within 3 % of KL in torch with the decoded weights (the issue's
+    bound)."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(reference.parent, gguf_file=reference.name, dtype=torch.float32).eval()
@@ -118,23 +145,42 @@ def test_llama_cpp_and_torch_agree_on_the_quality(exported, reference, texts, qu
             name = f"{names.get_name(module_name)}.weight"
             if isinstance(module, torch.nn.Linear):
                 weight = torch.from_numpy(tensor_values(decoded[name]))
-                if name.endswith(("attn_q.weight", "attn_k.weight")):  # llama.cpp's order of rotary pairs, undone by hand
+                if name.endswith(
+                    ("attn_q.weight", "attn_k.weight")
+                ):  # llama.cpp's order of rotary pairs, undone by hand
                     heads = weight.shape[0] // model.config.head_dim
                     weight = weight.reshape(heads, -1, 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
                 module.weight.copy_(weight)
                 replaced += 1
         assert replaced == 210
         quantized = [model(input_ids=torch.tensor([t])).logits[0, :-1].numpy() for t in texts]
-    stats = np.concatenate([token_statistics(p, q, np.array(t[1:])) for p, q, t in zip(full, quantized, texts)])
+    stats = np.concatenate(
+        [token_statistics(p, q, np.array(t[1:])) for p, q, t in zip(full, quantized, texts, strict=False)]
+    )
     assert len(stats) == quality.n_tokens
     assert quality.kl == pytest.approx(stats[:, 0].mean(), rel=0.03)
 
 
 def test_llama_cli_answers(exported, runtime):
     done = subprocess.run(
-        [runtime / "llama-cli", "-m", exported, "-p", "What is 2 + 2?", "--single-turn", "--temp", "0", "-n", "24", "--simple-io"],
-        capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=300,
-    )  # fmt: skip
+        [
+            runtime / "llama-cli",
+            "-m",
+            exported,
+            "-p",
+            "What is 2 + 2?",
+            "--single-turn",
+            "--temp",
+            "0",
+            "-n",
+            "24",
+            "--simple-io",
+        ],
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr[-1000:]
     answer = done.stdout.split("What is 2 + 2?")[-1]
     assert len([word for word in answer.split() if word.isascii()]) > 4, done.stdout
@@ -148,7 +194,9 @@ def test_unmodified_llama_cpp_python_runs_the_file(exported, runtime):
     """Through LLAMA_CPP_LIB_PATH, and through tacq_export.llama_cpp(): the same greedy tokens."""
     ask = "; print(repr(llm('Once upon a time', max_tokens=12, temperature=0)['choices'][0]['text']))"
     by_path = f"import llama_cpp; llm = llama_cpp.Llama({str(exported)!r}, n_ctx=128, verbose=False)" + ask
-    by_us = f"import tacq_export; llm = tacq_export.llama_cpp().Llama({str(exported)!r}, n_ctx=128, verbose=False)" + ask
+    by_us = (
+        f"import tacq_export; llm = tacq_export.llama_cpp().Llama({str(exported)!r}, n_ctx=128, verbose=False)" + ask
+    )
     answers = []
     for code, env in ((by_path, {"LLAMA_CPP_LIB_PATH": str(runtime)}), (by_us, {})):
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | env)
@@ -168,7 +216,8 @@ def test_dequantized_file_is_stock_and_equal(exported, texts, tmp_path):
     tensors = gguf.GGUFReader(tmp_path / "f16.gguf").tensors
     assert {t.tensor_type.name for t in tensors} == {"F16", "F32"}
     assert not any(f.startswith("tacq.") for f in gguf.GGUFReader(tmp_path / "f16.gguf").fields)
-    # What differs is F16 rounding of the weights and 8-bit activations in our kernels: a hundredth of the quantization's KL.
+    # What differs is F16 rounding of the weights and 8-bit activations in our kernels: a hundredth of the
+    # quantization's KL.
     assert compare_models(tmp_path / "f16.gguf", exported, texts[:2]).kl < 0.01
 
 

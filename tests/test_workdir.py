@@ -1,4 +1,5 @@
-"""Exports that are interrupted, resumed and repeated: the same bytes, and never half a file where the output belongs."""
+"""Exports that are interrupted, resumed and repeated: the same bytes, and never half a file where the output
+belongs."""
 
 from __future__ import annotations
 
@@ -10,25 +11,33 @@ import numpy as np
 import pytest
 import torch
 
-import tacq_export.calibrate
+import tacq_export.calibration.calibrate
+import tacq_export.calibration.predict_loss
+import tacq_export.calibration.score_weights
 import tacq_export.pipeline
-import tacq_export.predict_loss
-import tacq_export.quantize_model
-import tacq_export.score_weights
+import tacq_export.quantization.quantize_model
 import tacq_export.workdir
 from tacq_export.config import ExportConfig
 from tacq_export.errors import TacqError
+from tacq_export.format.gguf_file import open_gguf
+from tacq_export.format.tensor_types import TYPES_BY_NAME
 from tacq_export.pipeline import export
-from tacq_export.select_weights import TensorSelection
-from tacq_export.tensor_types import TYPES_BY_NAME
+from tacq_export.planning.select_weights import TensorSelection
 from tacq_export.workdir import WorkDir
-from tacq_export.write_gguf import open_gguf
 
 N_MATRICES = 15  # 7 in each of 2 blocks, and the head
 
 
 def tiny_export(model, task, outfile, **options) -> ExportConfig:
-    defaults = dict(model=str(model), task=task, outfile=outfile, ratio=0.02, n_samples=3, seq_len=32, device="cpu")
+    defaults = {
+        "model": str(model),
+        "task": task,
+        "outfile": outfile,
+        "ratio": 0.02,
+        "n_samples": 3,
+        "seq_len": 32,
+        "device": "cpu",
+    }
     return ExportConfig(**(defaults | options))
 
 
@@ -77,16 +86,18 @@ def test_the_random_score_is_decided_by_its_seed(config, tmp_path):
 
 @pytest.mark.parametrize("at", [1, 6, N_MATRICES])
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), TacqError("x")])
-def test_an_export_interrupted_in_quantization_resumes_to_the_same_bytes(config, uninterrupted, tmp_path, monkeypatch, at, error):
+def test_an_export_interrupted_in_quantization_resumes_to_the_same_bytes(
+    config, uninterrupted, tmp_path, monkeypatch, at, error
+):
     with monkeypatch.context() as patch:
-        raise_at(patch, tacq_export.quantize_model, "quantize_gptq", at, error)
+        raise_at(patch, tacq_export.quantization.quantize_model, "quantize_gptq", at, error)
         with pytest.raises(type(error)):
             export(config())
     assert names(tmp_path) == {"out.gguf.work"}
     assert len(list((tmp_path / "out.gguf.work" / "tensors").glob("*.json"))) == at - 1
     assert not list(tmp_path.rglob("*.partial")) and not list(tmp_path.rglob(".*"))
-    calls = raise_at(monkeypatch, tacq_export.quantize_model, "quantize_gptq", 0, error)
-    scored = raise_at(monkeypatch, tacq_export.calibrate, "accumulate_gradients", 0, error)
+    calls = raise_at(monkeypatch, tacq_export.quantization.quantize_model, "quantize_gptq", 0, error)
+    scored = raise_at(monkeypatch, tacq_export.calibration.calibrate, "accumulate_gradients", 0, error)
     export(config(resume=True))
     assert len(calls) == N_MATRICES - (at - 1), "finished tensors are quantized again, or some are left out"
     assert not scored, "the selection is made again"
@@ -96,7 +107,7 @@ def test_an_export_interrupted_in_quantization_resumes_to_the_same_bytes(config,
 
 def test_an_export_interrupted_while_it_scores_resumes_to_the_same_bytes(config, uninterrupted, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        raise_at(patch, tacq_export.score_weights, "saliency", 7, KeyboardInterrupt())
+        raise_at(patch, tacq_export.calibration.score_weights, "saliency", 7, KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt):
             export(config())
     export(config(resume=True))
@@ -104,13 +115,21 @@ def test_an_export_interrupted_while_it_scores_resumes_to_the_same_bytes(config,
 
 
 @pytest.mark.parametrize("step", ["accumulate_gradients", "group_by_input", "second_moment", "predict_losses"])
-def test_an_export_interrupted_while_it_calibrates_resumes_to_the_same_bytes(config, uninterrupted, tmp_path, monkeypatch, step):
+def test_an_export_interrupted_while_it_calibrates_resumes_to_the_same_bytes(
+    config, uninterrupted, tmp_path, monkeypatch, step
+):
     """At the second of nine Hessians or the second matrix's losses, or in what is done once."""
     with monkeypatch.context() as patch:
-        raise_at(patch, tacq_export.calibrate, step, 2 if step in ("second_moment", "predict_losses") else 1, KeyboardInterrupt())
+        raise_at(
+            patch,
+            tacq_export.calibration.calibrate,
+            step,
+            2 if step in ("second_moment", "predict_losses") else 1,
+            KeyboardInterrupt(),
+        )
         with pytest.raises(KeyboardInterrupt):
             export(config())
-    gradients = raise_at(monkeypatch, tacq_export.calibrate, "accumulate_gradients", 0, KeyboardInterrupt())
+    gradients = raise_at(monkeypatch, tacq_export.calibration.calibrate, "accumulate_gradients", 0, KeyboardInterrupt())
     export(config(resume=True))
     assert len(gradients) == (step in ("group_by_input", "accumulate_gradients"))
     assert (tmp_path / "out.gguf").read_bytes() == uninterrupted
@@ -119,7 +138,7 @@ def test_an_export_interrupted_while_it_calibrates_resumes_to_the_same_bytes(con
 def test_an_allocated_export_resumes_to_the_same_bytes(config, tmp_path, monkeypatch):
     export(config("whole.gguf", ratio=None, target_bpw=3.0))
     with monkeypatch.context() as patch:
-        raise_at(patch, tacq_export.quantize_model, "quantize_gptq", 5, KeyboardInterrupt())
+        raise_at(patch, tacq_export.quantization.quantize_model, "quantize_gptq", 5, KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt):
             export(config(ratio=None, target_bpw=3.0))
     planned = raise_at(monkeypatch, tacq_export.pipeline, "plan_types", 0, KeyboardInterrupt())
@@ -128,18 +147,28 @@ def test_an_allocated_export_resumes_to_the_same_bytes(config, tmp_path, monkeyp
 
 
 def calibrated_again(monkeypatch) -> dict[str, list]:
-    return {step: raise_at(monkeypatch, tacq_export.calibrate, step, 0, KeyboardInterrupt()) for step in ("accumulate_gradients", "second_moment", "predict_losses")}
+    return {
+        step: raise_at(monkeypatch, tacq_export.calibration.calibrate, step, 0, KeyboardInterrupt())
+        for step in ("accumulate_gradients", "second_moment", "predict_losses")
+    }
 
 
 @pytest.mark.parametrize(
     "options",
     [
-        {"ratio": 0.01}, {"ratio": None, "target_bpw": 3.0}, {"ratio": None, "target_size": 80_000}, {"base_type": "tacq3"}, {"seed": 1, "score": "random"},
-        {"refine_sweeps": 0, "damping": 0.05, "shrinkage": 0.0, "compensation": 1.0}, {"token_embedding_type": "f16", "output_tensor_type": "q8_0"}, {"tensor_types": ("ffn_down=tacq4",)}, {"score": "tacq", "reference": "gptq"},
+        {"ratio": 0.01},
+        {"ratio": None, "target_bpw": 3.0},
+        {"ratio": None, "target_size": 80_000},
+        {"base_type": "tacq3"},
+        {"seed": 1, "score": "random"},
+        {"refine_sweeps": 0, "damping": 0.05, "shrinkage": 0.0, "compensation": 1.0},
+        {"token_embedding_type": "f16", "output_tensor_type": "q8_0"},
+        {"tensor_types": ("ffn_down=tacq4",)},
+        {"score": "tacq", "reference": "gptq"},
         {"score": "fisher"},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_a_named_work_folder_calibrates_once_for_exports_that_share_it(config, tmp_path, monkeypatch, options):
     """The second file is the very one that an export of its own would have given."""
     export(config("first.gguf", workdir=tmp_path / "w"))
@@ -147,12 +176,27 @@ def test_a_named_work_folder_calibrates_once_for_exports_that_share_it(config, t
     calls = calibrated_again(monkeypatch)
     export(config("second.gguf", workdir=tmp_path / "w", **options))
     assert not calls["second_moment"] and not calls["predict_losses"]
-    assert len(calls["accumulate_gradients"]) == (options.get("score") in ("tacq", "fisher")), "gradients of weights, once a score is made of them"
-    assert (tmp_path / "second.gguf").read_bytes() == (tmp_path / "alone.gguf").read_bytes() != (tmp_path / "first.gguf").read_bytes()
+    assert len(calls["accumulate_gradients"]) == (options.get("score") in ("tacq", "fisher")), (
+        "gradients of weights, once a score is made of them"
+    )
+    assert (
+        (tmp_path / "second.gguf").read_bytes()
+        == (tmp_path / "alone.gguf").read_bytes()
+        != (tmp_path / "first.gguf").read_bytes()
+    )
 
 
 @pytest.mark.parametrize(
-    "options", [{"n_samples": 2}, {"seq_len": 16}, {"hessian": "plain"}, {"precision": "bf16"}, {"loss": "answer"}, {"device": "auto"}], ids=str
+    "options",
+    [
+        {"n_samples": 2},
+        {"seq_len": 16},
+        {"hessian": "plain"},
+        {"precision": "bf16"},
+        {"loss": "answer"},
+        {"device": "auto"},
+    ],
+    ids=str,
 )
 def test_a_named_work_folder_calibrates_anew_for_exports_that_do_not(config, tmp_path, monkeypatch, options):
     export(config("first.gguf", workdir=tmp_path / "w"))
@@ -163,14 +207,20 @@ def test_a_named_work_folder_calibrates_anew_for_exports_that_do_not(config, tmp
     assert (tmp_path / "second.gguf").read_bytes() == (tmp_path / "alone.gguf").read_bytes()
 
 
-def test_a_named_work_folder_calibrates_anew_for_another_task_or_model(config, tiny_gguf, tiny_task, tmp_path, monkeypatch):
+def test_a_named_work_folder_calibrates_anew_for_another_task_or_model(
+    config, tiny_gguf, tiny_task, tmp_path, monkeypatch
+):
     export(config("first.gguf", workdir=tmp_path / "w"))
     calls = calibrated_again(monkeypatch)
     (tmp_path / "other.jsonl").write_text(tiny_task.read_text().replace("apples", "shells"))
     export(tiny_export(tiny_gguf, tmp_path / "other.jsonl", tmp_path / "task.gguf", workdir=tmp_path / "w"))
     assert len(calls["accumulate_gradients"]) == 1
     shutil.copy(tiny_gguf, tmp_path / "model.gguf")
-    export(tiny_export(tmp_path / "model.gguf", tmp_path / "other.jsonl", tmp_path / "model-out.gguf", workdir=tmp_path / "w"))
+    export(
+        tiny_export(
+            tmp_path / "model.gguf", tmp_path / "other.jsonl", tmp_path / "model-out.gguf", workdir=tmp_path / "w"
+        )
+    )
     assert len(calls["accumulate_gradients"]) == 2
 
 
@@ -185,7 +235,9 @@ def test_a_calibration_of_unknown_origin_is_made_again(config, uninterrupted, tm
 
 def test_a_calibration_by_older_formulas_is_made_again_and_not_resumed(config, tmp_path, monkeypatch):
     export(config("first.gguf", workdir=tmp_path / "w"))
-    monkeypatch.setattr(tacq_export.workdir, "CALIBRATION_VERSION", tacq_export.calibrate.CALIBRATION_VERSION + 1)
+    monkeypatch.setattr(
+        tacq_export.workdir, "CALIBRATION_VERSION", tacq_export.calibration.calibrate.CALIBRATION_VERSION + 1
+    )
     with pytest.raises(TacqError, match="another version of this program"):
         export(config("first.gguf", workdir=tmp_path / "w", resume=True, force=True))
     calls = calibrated_again(monkeypatch)
@@ -193,14 +245,17 @@ def test_a_calibration_by_older_formulas_is_made_again_and_not_resumed(config, t
     assert all(calls.values())
 
 
-def test_an_export_that_fails_while_it_writes_leaves_no_output_and_resumes(config, uninterrupted, tmp_path, monkeypatch):
+def test_an_export_that_fails_while_it_writes_leaves_no_output_and_resumes(
+    config, uninterrupted, tmp_path, monkeypatch
+):
     with monkeypatch.context() as patch:
-        # 14 matrices are read back while the model goes on with them; the fifth time after that is in the middle of the file.
+        # 14 matrices are read back while the model goes on with them; the fifth time after that is in the middle of the
+        # file.
         raise_at(patch, WorkDir, "load_tensor", 14 + 5, OSError(28, "No space left on device"))
         with pytest.raises(TacqError, match=r"Could not write .*out.gguf \(No space left on device\)"):
             export(config())
     assert names(tmp_path) == {"out.gguf.work"}
-    calls = raise_at(monkeypatch, tacq_export.quantize_model, "quantize_gptq", 0, KeyboardInterrupt())
+    calls = raise_at(monkeypatch, tacq_export.quantization.quantize_model, "quantize_gptq", 0, KeyboardInterrupt())
     export(config(resume=True))
     assert not calls and (tmp_path / "out.gguf").read_bytes() == uninterrupted
 
@@ -208,7 +263,7 @@ def test_an_export_that_fails_while_it_writes_leaves_no_output_and_resumes(confi
 def test_a_tensor_whose_facts_are_missing_is_made_again(config, uninterrupted, tmp_path, monkeypatch):
     """The bytes come first, the facts last: power may fail in between, or in the middle of the bytes."""
     with monkeypatch.context() as patch:
-        raise_at(patch, tacq_export.quantize_model, "quantize_gptq", 4, KeyboardInterrupt())
+        raise_at(patch, tacq_export.quantization.quantize_model, "quantize_gptq", 4, KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt):
             export(config())
     tensors = tmp_path / "out.gguf.work" / "tensors"
@@ -223,7 +278,7 @@ def test_a_tensor_whose_facts_are_missing_is_made_again(config, uninterrupted, t
 def unfinished(config, tmp_path, monkeypatch):
     """A work folder with three finished tensors."""
     with monkeypatch.context() as patch:
-        raise_at(patch, tacq_export.quantize_model, "quantize_gptq", 4, KeyboardInterrupt())
+        raise_at(patch, tacq_export.quantization.quantize_model, "quantize_gptq", 4, KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt):
             export(config())
     return tmp_path / "out.gguf.work"
@@ -236,19 +291,30 @@ def snapshot(folder) -> dict:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"score": "fisher"}, "score: then obs, now fisher"), ({"ratio": 0.01}, "ratio: then 0.02, now 0.01"), ({"seed": 1}, "seed: then 0, now 1"),
-        ({"n_samples": 2}, "n_samples: then 3, now 2"), ({"seq_len": 16}, "seq_len: then 32, now 16"), ({"base_type": "tacq3"}, "base_type: then None, now tacq3"),
-        ({"damping": 0.02}, "damping: then 0.01, now 0.02"), ({"shrinkage": 0.3}, "shrinkage: then 0.5, now 0.3"), ({"compensation": 1.0}, "compensation: then 0.5, now 1.0"), ({"reference": "gptq"}, "reference: then rtn, now gptq"),
-        ({"ratio": None, "target_size": "1G"}, "ratio: then 0.02, now None"), ({"hessian": "plain"}, "hessian: then gradient, now plain"),
-        ({"precision": "bf16"}, "precision: then f32, now bf16"), ({"tensor_types": ("ffn=f16",)}, "tensor_types: then (), now ('ffn=f16',)"),
+        ({"score": "fisher"}, "score: then obs, now fisher"),
+        ({"ratio": 0.01}, "ratio: then 0.02, now 0.01"),
+        ({"seed": 1}, "seed: then 0, now 1"),
+        ({"n_samples": 2}, "n_samples: then 3, now 2"),
+        ({"seq_len": 16}, "seq_len: then 32, now 16"),
+        ({"base_type": "tacq3"}, "base_type: then None, now tacq3"),
+        ({"damping": 0.02}, "damping: then 0.01, now 0.02"),
+        ({"shrinkage": 0.3}, "shrinkage: then 0.5, now 0.3"),
+        ({"compensation": 1.0}, "compensation: then 0.5, now 1.0"),
+        ({"reference": "gptq"}, "reference: then rtn, now gptq"),
+        ({"ratio": None, "target_size": "1G"}, "ratio: then 0.02, now None"),
+        ({"hessian": "plain"}, "hessian: then gradient, now plain"),
+        ({"precision": "bf16"}, "precision: then f32, now bf16"),
+        ({"tensor_types": ("ffn=f16",)}, "tensor_types: then (), now ('ffn=f16',)"),
         ({"token_embedding_type": "f16"}, "token_embedding_type: then None, now f16"),
     ],
-)  # fmt: skip
+)
 def test_resume_refuses_other_options_by_name_and_keeps_the_work(config, unfinished, options, message):
     before = snapshot(unfinished)
     with pytest.raises(TacqError) as error:
         export(config(resume=True, **options))
-    assert f"The unfinished export in {unfinished} is another one ({message}); run without --resume." == str(error.value)
+    assert f"The unfinished export in {unfinished} is another one ({message}); run without --resume." == str(
+        error.value
+    )
     assert snapshot(unfinished) == before
 
 
@@ -257,14 +323,18 @@ def test_resume_refuses_a_changed_task_and_a_changed_model(config, unfinished, t
         original = f.read()
     try:
         tiny_task.write_text(original + '{"question": "q", "answer": "a"}\n')
-        with pytest.raises(TacqError, match=r"is another one \(the files of the task have changed\); run without --resume."):
+        with pytest.raises(
+            TacqError, match=r"is another one \(the files of the task have changed\); run without --resume."
+        ):
             export(config(resume=True))
     finally:
         tiny_task.write_text(original)
     stat = tiny_gguf.stat()
     try:
         os.utime(tiny_gguf, (stat.st_atime, stat.st_mtime + 100))
-        with pytest.raises(TacqError, match=r"is another one \(the files of the model have changed\); run without --resume."):
+        with pytest.raises(
+            TacqError, match=r"is another one \(the files of the model have changed\); run without --resume."
+        ):
             export(config(resume=True))
     finally:
         os.utime(tiny_gguf, (stat.st_atime, stat.st_mtime))
@@ -292,7 +362,9 @@ def test_without_resume_unfinished_work_is_replaced(config, unfinished, uninterr
 def test_a_folder_of_someone_else_is_left_alone(config, tmp_path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "me.jpg").write_text("precious")
-    with pytest.raises(TacqError, match="photos exists and is no work folder of tacq-export; give another with --workdir."):
+    with pytest.raises(
+        TacqError, match="photos exists and is no work folder of tacq-export; give another with --workdir."
+    ):
         export(config(workdir=tmp_path / "photos"))
     (tmp_path / "file").write_text("precious")
     with pytest.raises(TacqError, match="file exists and is no work folder of tacq-export"):
@@ -308,7 +380,9 @@ def test_a_named_work_folder_stays_and_an_empty_one_may_be_given(config, tmp_pat
 
 def test_a_work_folder_that_cannot_be_made_is_named(config, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(TacqError, match=r"The work folder .*/file/w cannot be made \(Not a directory\); give another with --workdir."):
+    with pytest.raises(
+        TacqError, match=r"The work folder .*/file/w cannot be made \(Not a directory\); give another with --workdir."
+    ):
         export(config(workdir=tmp_path / "file" / "w"))
 
 
@@ -329,7 +403,7 @@ def test_force_replaces_an_output_only_at_the_end(config, uninterrupted, tmp_pat
     with pytest.raises(TacqError, match="exists; give another --outfile, or --force"):
         export(config())
     with monkeypatch.context() as patch:
-        raise_at(patch, tacq_export.quantize_model, "quantize_gptq", 2, KeyboardInterrupt())
+        raise_at(patch, tacq_export.quantization.quantize_model, "quantize_gptq", 2, KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt):
             export(config(force=True))
     assert (tmp_path / "out.gguf").read_text() == "earlier"
@@ -352,7 +426,11 @@ def test_what_is_saved_is_loaded(config, tmp_path):
     }
     data = np.arange(100, dtype=np.uint8)
     work.save_tensor("a", data, {"type": "TACQ2_S4", "error": 0.5})
-    assert work.has_tensor("a") and np.array_equal(work.load_tensor("a"), data) and work.load_facts("a") == {"type": "TACQ2_S4", "error": 0.5}
+    assert (
+        work.has_tensor("a")
+        and np.array_equal(work.load_tensor("a"), data)
+        and work.load_facts("a") == {"type": "TACQ2_S4", "error": 0.5}
+    )
     assert json.loads((work.path / "state.json").read_text())["options"]["ratio"] == "0.02"
     shutil.rmtree(work.path)
 

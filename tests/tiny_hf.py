@@ -1,7 +1,8 @@
-"""Tiny Hugging Face folders with random weights, a sentencepiece tokenizer trained on a few sentences, and what tests of whole exports share.
+"""Tiny Hugging Face folders with random weights, a sentencepiece tokenizer trained on a few sentences, and what tests
+of whole exports share.
 
-All three architectures use the sentencepiece tokenizer: llama.cpp's converter takes a `tokenizer.model` for each of them,
-where a byte-level BPE would have to be one whose pre-tokenizer hash the converter knows.
+All three architectures use the sentencepiece tokenizer: llama.cpp's converter takes a `tokenizer.model` for each of
+them, where a byte-level BPE would have to be one whose pre-tokenizer hash the converter knows.
 """
 
 from __future__ import annotations
@@ -14,9 +15,17 @@ from pathlib import Path
 
 import sentencepiece
 import torch
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
-from tacq_export.load_model import LoadedModel
+from tacq_export.inputs.load_model import LoadedModel
 from tacq_export.reporting import Reporter
 
 VOCAB = 320  # 3 control tokens, 256 bytes, 61 pieces
@@ -28,10 +37,18 @@ SENTENCES = [
     "pack my box with five dozen liquor jugs",
     "answer the question with one number and nothing else",
 ]
-_SIZES = dict(
-    vocab_size=VOCAB, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-    max_position_embeddings=128, bos_token_id=1, eos_token_id=2, pad_token_id=0,
-)  # fmt: skip
+_SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
 # {name: function that makes the model}; head_dim is 16, so Llama's rows of q and k are really permuted.
 ARCHITECTURES = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**_SIZES, tie_word_embeddings=False)),
@@ -47,9 +64,19 @@ CHAT_TEMPLATE = "{% for message in messages %}<{{ message['role'] }}>{{ message[
 def _sentencepiece_model(folder: Path) -> bytes:
     path = folder / "spm"
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(SENTENCES), model_prefix=str(path), vocab_size=VOCAB, model_type="bpe", byte_fallback=True,
-        unk_id=0, bos_id=1, eos_id=2, pad_id=-1, hard_vocab_limit=False, minloglevel=2, num_threads=1,
-    )  # fmt: skip
+        sentence_iterator=iter(SENTENCES),
+        model_prefix=str(path),
+        vocab_size=VOCAB,
+        model_type="bpe",
+        byte_fallback=True,
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        pad_id=-1,
+        hard_vocab_limit=False,
+        minloglevel=2,
+        num_threads=1,
+    )
     return path.with_suffix(".model").read_bytes()
 
 
@@ -57,14 +84,20 @@ def write_tokenizer(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tokenizer.model").write_bytes(_sentencepiece_model(folder))
     config = {
-        "tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True,
-        "add_eos_token": False, "chat_template": CHAT_TEMPLATE,
-    }  # fmt: skip
+        "tokenizer_class": "LlamaTokenizer",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "chat_template": CHAT_TEMPLATE,
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 
 def tiny_model(architecture: str, seed: int = 0) -> PreTrainedModel:
-    """A model whose weights are all different and some of whose rows stand out, so that no order of rows is like another."""
+    """A model whose weights are all different and some of whose rows stand out, so that no order of rows is like
+    another."""
     torch.manual_seed(seed)
     model = ARCHITECTURES[architecture]().eval()
     with torch.no_grad():
@@ -88,7 +121,13 @@ def own_copy(load_tiny, architecture: str) -> LoadedModel:
     model = copy.deepcopy(loaded.model)
     names = dict(model.named_modules())
     own = lambda t: None if t is None else replace(t, module=names[t.module_name])  # noqa: E731
-    return replace(loaded, model=model, linear=[own(t) for t in loaded.linear], embedding=own(loaded.embedding), head=own(loaded.head))
+    return replace(
+        loaded,
+        model=model,
+        linear=[own(t) for t in loaded.linear],
+        embedding=own(loaded.embedding),
+        head=own(loaded.head),
+    )
 
 
 class Listener(Reporter):

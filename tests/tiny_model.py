@@ -7,18 +7,19 @@ from pathlib import Path
 
 import gguf
 import numpy as np
-
 from random_tensors import random_kept
-from tacq_export.block_codec import quantize_ref
-from tacq_export.pack_tensor import QuantizedTensor, pack_tensor
-from tacq_export.tensor_types import FORMAT_VERSION, TensorType, register_with_gguf
+
+from tacq_export.format.block_codec import quantize_ref
+from tacq_export.format.pack_tensor import QuantizedTensor, pack_tensor
+from tacq_export.format.tensor_types import FORMAT_VERSION, TensorType, register_with_gguf
 
 WIDTH, FFN, LAYERS, VOCAB = 128, 192, 2, 3 + 256
 
 
 @cache
 def random_matrices(tensor_type: TensorType) -> dict[str, np.ndarray]:
-    """{name: bytes of a random matrix as uint8 [rows, bytes a row]}, the shape by which gguf-py knows rows and columns."""
+    """{name: bytes of a random matrix as uint8 [rows, bytes a row]}, the shape by which gguf-py knows rows and
+    columns."""
     rng = np.random.default_rng(0)
     return {name: quantized(rng, tensor_type, *shape) for name, shape in matrices().items()}
 
@@ -48,8 +49,8 @@ def write_tiny_model(
 ) -> None:
     """Write the model.
 
-    change: {tensor name: function of its bytes (uint8 [rows, bytes a row]) that gives other bytes}. mixed_norm: the last norm
-    is of `tensor_type` too, which makes no sense.
+    change: {tensor name: function of its bytes (uint8 [rows, bytes a row]) that gives other bytes}. mixed_norm: the
+    last norm is of `tensor_type` too, which makes no sense.
     """
     register_with_gguf()
     writer = gguf.GGUFWriter(path, "llama")
@@ -63,7 +64,9 @@ def write_tiny_model(
     writer.add_tokenizer_model("llama")
     writer.add_token_list([b"<unk>", b"<s>", b"</s>"] + [f"<0x{i:02X}>".encode() for i in range(256)])
     writer.add_token_scores([0.0] * VOCAB)
-    writer.add_token_types([gguf.TokenType.UNKNOWN, gguf.TokenType.CONTROL, gguf.TokenType.CONTROL] + [gguf.TokenType.BYTE] * 256)
+    writer.add_token_types(
+        [gguf.TokenType.UNKNOWN, gguf.TokenType.CONTROL, gguf.TokenType.CONTROL] + [gguf.TokenType.BYTE] * 256
+    )
     if format_version is not None:
         writer.add_uint32("tacq.format_version", format_version)
     for name, data in random_matrices(tensor_type).items():

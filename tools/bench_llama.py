@@ -1,14 +1,17 @@
 #!/usr/bin/env python3
 """Speed of whole models: files of one model in our types and in stock types, measured by llama-bench in turns.
 
-    bench_llama.py MODEL.gguf [--types TACQ2_S1 Q2_K ...] [--threads 1 2] [--rounds 3] [--prompt 512] [--generate 64] [--json]
+    bench_llama.py MODEL.gguf [--types TACQ2_S1 Q2_K ...] [--threads 1 2] [--rounds 3] [--prompt 512] [--generate 64]
+    [--json]
 
-Makes what is missing in --workdir: all matrices in one type (as `llama-quantize --pure`), or in those that llama-quantize gives them in a
-mix such as Q4_K_M; embedding and output in the same type (--ends) in all files. Only the first block is quantized, by ggml's own plain rounding, and stands in for all blocks: speed does
-not depend on the content, and minutes become seconds. Ours keep the largest rounding errors.
+Makes what is missing in --workdir: all matrices in one type (as `llama-quantize --pure`), or in those that
+llama-quantize gives them in a mix such as Q4_K_M; embedding and output in the same type (--ends) in all files. Only the
+first block is quantized, by ggml's own plain rounding, and stands in for all blocks: speed does not depend on the
+content, and minutes become seconds. Ours keep the largest rounding errors.
 
-Every round runs every file once; figures are medians over the rounds, ratios are medians of the ratios within a round, with the
-least and the largest behind them. `--json` prints a list of {"type", "threads", "pp512", "tg64", "file_bytes"} and the ratios.
+Every round runs every file once; figures are medians over the rounds, ratios are medians of the ratios within a round,
+with the least and the largest behind them. `--json` prints a list of {"type", "threads", "pp512", "tg64", "file_bytes"}
+and the ratios.
 """
 
 from __future__ import annotations
@@ -26,22 +29,44 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tacq_export.block_codec import unpack_blocks  # noqa: E402
 from tacq_export.console import guarded  # noqa: E402
-from tacq_export.emulate_stock import EMULATED_MIXES, emulated_types, ggml_quantize  # noqa: E402
 from tacq_export.errors import TacqError  # noqa: E402
-from tacq_export.pack_tensor import QuantizedTensor, dequantize  # noqa: E402
+from tacq_export.evaluation.emulate_stock import EMULATED_MIXES, emulated_types, ggml_quantize  # noqa: E402
+from tacq_export.format.block_codec import unpack_blocks  # noqa: E402
+from tacq_export.format.gguf_file import numpy_shape, open_gguf, tensor_values, type_named  # noqa: E402
+from tacq_export.format.pack_tensor import QuantizedTensor, dequantize  # noqa: E402
+from tacq_export.format.sparse_section import KeptWeights, capacity, pack_sparse  # noqa: E402
+from tacq_export.format.tensor_types import TYPES_BY_NAME  # noqa: E402
+from tacq_export.format.write_gguf import PlannedTensor, copied, write_gguf  # noqa: E402
 from tacq_export.reporting import Reporter  # noqa: E402
-from tacq_export.runtime import tool  # noqa: E402
-from tacq_export.runtime_source import cache_dir  # noqa: E402
-from tacq_export.sparse_section import KeptWeights, capacity, pack_sparse  # noqa: E402
-from tacq_export.tensor_types import TYPES_BY_NAME  # noqa: E402
-from tacq_export.write_gguf import PlannedTensor, copied, numpy_shape, open_gguf, tensor_values, type_named, write_gguf  # noqa: E402
+from tacq_export.runtime.build import tool  # noqa: E402
+from tacq_export.runtime.source import cache_dir  # noqa: E402
 
 DEFAULT_TYPES = ["TACQ2_S1", "Q2_K", "IQ2_XS", "TACQ3_S1", "Q3_K", "TACQ4", "Q4_0", "Q4_K"]
-FALLBACKS = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "IQ2_XXS": "IQ4_NL", "IQ2_XS": "IQ4_NL", "IQ2_S": "IQ4_NL", "IQ3_XXS": "IQ4_NL"}
-RATIOS = [("TACQ2_S1", "Q2_K"), ("TACQ2_S1", "IQ2_XS"), ("TACQ2_S1", "IQ2_S"), ("TACQ2_S4", "TACQ2"), ("TACQ2_S1", "TACQ2"), ("TACQ3_S1", "Q3_K"),
-          ("TACQ3_S1", "IQ3_XXS"), ("TACQ4", "Q4_0"), ("TACQ2_S1", "Q4_0"), ("TACQ3_S1", "Q4_0"), ("TACQ3_S1", "Q2_K"), ("TACQ4", "Q2_K")]
+FALLBACKS = {
+    "Q2_K": "Q4_0",
+    "Q3_K": "Q4_0",
+    "Q4_K": "Q5_0",
+    "Q5_K": "Q5_1",
+    "IQ2_XXS": "IQ4_NL",
+    "IQ2_XS": "IQ4_NL",
+    "IQ2_S": "IQ4_NL",
+    "IQ3_XXS": "IQ4_NL",
+}
+RATIOS = [
+    ("TACQ2_S1", "Q2_K"),
+    ("TACQ2_S1", "IQ2_XS"),
+    ("TACQ2_S1", "IQ2_S"),
+    ("TACQ2_S4", "TACQ2"),
+    ("TACQ2_S1", "TACQ2"),
+    ("TACQ3_S1", "Q3_K"),
+    ("TACQ3_S1", "IQ3_XXS"),
+    ("TACQ4", "Q4_0"),
+    ("TACQ2_S1", "Q4_0"),
+    ("TACQ3_S1", "Q4_0"),
+    ("TACQ3_S1", "Q2_K"),
+    ("TACQ4", "Q2_K"),
+]
 RATIOS += [(ours, stock) for stock in ("Q4_K", "Q4_K_M") for ours in ("TACQ2_S1", "TACQ3_S1", "TACQ4")]
 
 
@@ -90,7 +115,13 @@ def make_file(model: Path, type_name: str, ends: str, workdir: Path, reporter: R
         if len(shape) < 2:
             planned.append(copied(tensor))
             continue
-        wanted = ends if tensor.name in ("token_embd.weight", "output.weight") else of_mix[tensor.name].name if of_mix else type_name
+        wanted = (
+            ends
+            if tensor.name in ("token_embd.weight", "output.weight")
+            else of_mix[tensor.name].name
+            if of_mix
+            else type_name
+        )
         if shape[-1] % gguf.GGML_QUANT_SIZES[gguf_type(wanted)][0]:
             wanted = FALLBACKS.get(wanted, "Q8_0")  # as llama-quantize does
 
@@ -114,7 +145,7 @@ def measure(path: Path, threads: int, prompt: int, generate: int) -> tuple[float
 
 def ratio_of(ours: list[float], stock: list[float]) -> list[float]:
     """[median, least, largest] of the ratios within a round."""
-    ratios = [a / b for a, b in zip(ours, stock)]
+    ratios = [a / b for a, b in zip(ours, stock, strict=False)]
     return [round(value, 3) for value in (statistics.median(ratios), min(ratios), max(ratios))]
 
 
@@ -143,22 +174,40 @@ def main() -> None:
             for name in names:
                 speed[name].append(measure(files[name], threads, args.prompt, args.generate))
         for name in names:
-            pp, tg = (statistics.median(values) for values in zip(*speed[name]))
-            rows.append({"type": name, "threads": threads, f"pp{args.prompt}": round(pp, 2), f"tg{args.generate}": round(tg, 2),
-                         "file_bytes": files[name].stat().st_size})  # fmt: skip
+            pp, tg = (statistics.median(values) for values in zip(*speed[name], strict=False))
+            rows.append(
+                {
+                    "type": name,
+                    "threads": threads,
+                    f"pp{args.prompt}": round(pp, 2),
+                    f"tg{args.generate}": round(tg, 2),
+                    "file_bytes": files[name].stat().st_size,
+                }
+            )
         for ours, stock in RATIOS:
             if ours in names and stock in names:
-                pp, tg = ([ratio_of(*pair) for pair in zip(zip(*speed[ours]), zip(*speed[stock]))])
-                ratios.append({"ours": ours, "stock": stock, "threads": threads, f"pp{args.prompt}": pp, f"tg{args.generate}": tg})
+                pp, tg = [
+                    ratio_of(*pair)
+                    for pair in zip(zip(*speed[ours], strict=False), zip(*speed[stock], strict=False), strict=False)
+                ]
+                ratios.append(
+                    {"ours": ours, "stock": stock, "threads": threads, f"pp{args.prompt}": pp, f"tg{args.generate}": tg}
+                )
     if args.json:
-        print(json.dumps({"model": args.model.name, "ends": args.ends, "rounds": args.rounds, "speed": rows, "ratios": ratios}))
+        print(
+            json.dumps(
+                {"model": args.model.name, "ends": args.ends, "rounds": args.rounds, "speed": rows, "ratios": ratios}
+            )
+        )
         return
     print(f"{args.model.name}, embedding and output {args.ends}, medians of {args.rounds} rounds, tokens/s")
     for row in rows:
         print("  ".join(f"{value:>10}" for value in row.values()))
     for row in ratios:
-        print(f"{row['ours']} / {row['stock']}, {row['threads']} threads: "
-              f"prompt {row[f'pp{args.prompt}']}, generation {row[f'tg{args.generate}']}")  # fmt: skip
+        print(
+            f"{row['ours']} / {row['stock']}, {row['threads']} threads: "
+            f"prompt {row[f'pp{args.prompt}']}, generation {row[f'tg{args.generate}']}"
+        )
 
 
 if __name__ == "__main__":

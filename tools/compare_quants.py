@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""Our files of several sizes beside stock ones of a model: exports, measures, and writes the table, its JSON and its picture.
+"""Our files of several sizes beside stock ones of a model: exports, measures, and writes the table, its JSON and its
+picture.
 
     compare_quants.py smollm2-135m --target-bpw 2.5 3 3.5 --n-gsm8k 100 --data FOLDER -- --refine-sweeps 5
 
-Everything is kept in the work folder as soon as it is done: the same command goes on where it was interrupted, and one that
-asks for more sizes, types, scores or questions makes only those. What follows -- goes to each export.
+Everything is kept in the work folder as soon as it is done: the same command goes on where it was interrupted, and one
+that asks for more sizes, types, scores or questions makes only those. What follows -- goes to each export.
 """
 
 from __future__ import annotations
@@ -20,51 +21,118 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from fetch_models import MODELS, fetch_model  # noqa: E402
 
-from tacq_export.compare_rows import json_line, table, write_json  # noqa: E402
-from tacq_export.compare_stock import CompareConfig, Scoring, check_inputs, claim_workdir, compare_stock  # noqa: E402
+from tacq_export.console import ConsoleReporter, guarded, positive, wait_passively  # noqa: E402
+
+wait_passively()  # before torch is imported
+
 from tacq_export.config import LOSSES  # noqa: E402
-from tacq_export.console import ConsoleReporter, guarded, positive  # noqa: E402
 from tacq_export.errors import TacqError  # noqa: E402
-from tacq_export.plot_compare import check_picture, plot_compare  # noqa: E402
+from tacq_export.evaluation.compare_rows import json_line, table, write_json  # noqa: E402
+from tacq_export.evaluation.compare_stock import CompareConfig, Scoring, check_inputs, claim_workdir, compare_stock  # noqa: E402
+from tacq_export.evaluation.plot_compare import check_picture, plot_compare  # noqa: E402
 
 TOOLS = Path(__file__).resolve().parent
 DATA = TOOLS / "data"
 
 
 def arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="tools/compare_quants.py", description=__doc__.split("\n")[0], epilog="What follows -- goes to each export as it is.")
-    parser.add_argument("model", metavar="MODEL", help=f"{', '.join(MODELS)}, or the path of a GGUF or a Hugging Face folder")
+    parser = argparse.ArgumentParser(
+        prog="tools/compare_quants.py",
+        description=__doc__.split("\n")[0],
+        epilog="What follows -- goes to each export as it is.",
+    )
+    parser.add_argument(
+        "model", metavar="MODEL", help=f"{', '.join(MODELS)}, or the path of a GGUF or a Hugging Face folder"
+    )
     ours = parser.add_argument_group("our files (default: one with the exporter's default options)")
-    ours.add_argument("--target-bpw", nargs="+", default=[], metavar="B", help="export to these bits per weight of the linear matrices, such as 2.25 2.5 3 3.5")
-    ours.add_argument("--target-size", nargs="+", default=[], metavar="S", help="export to these file sizes, such as 350M")
-    ours.add_argument("--files", nargs="+", type=Path, default=[], metavar="OURS.gguf", help="files that were exported before")
-    ours.add_argument("--task", type=Path, metavar="FILE", help="calibration examples (default: 128 GSM8K train examples, tools/data/gsm8k-train-128.jsonl)")
+    ours.add_argument(
+        "--target-bpw",
+        nargs="+",
+        default=[],
+        metavar="B",
+        help="export to these bits per weight of the linear matrices, such as 2.25 2.5 3 3.5",
+    )
+    ours.add_argument(
+        "--target-size", nargs="+", default=[], metavar="S", help="export to these file sizes, such as 350M"
+    )
+    ours.add_argument(
+        "--files", nargs="+", type=Path, default=[], metavar="OURS.gguf", help="files that were exported before"
+    )
+    ours.add_argument(
+        "--task",
+        type=Path,
+        metavar="FILE",
+        help="calibration examples (default: 128 GSM8K train examples, tools/data/gsm8k-train-128.jsonl)",
+    )
     ours.add_argument("--n-samples", type=positive, default=128, metavar="N", help="of --task (default 128)")
     stock = parser.add_argument_group("stock files")
     stock.add_argument(
-        "--types", nargs="+", metavar="T",
-        help="llama-quantize's types, or 'none' (default: the nearest in size to each of our files; with --types and nothing of ours they are measured alone)",
-    )  # fmt: skip
+        "--types",
+        nargs="+",
+        metavar="T",
+        help="llama-quantize's types, or 'none' (default: the nearest in size to each of our files; with --types and "
+        "nothing of ours they are measured alone)",
+    )
     stock.add_argument(
-        "--emulate", nargs="+", default=[], metavar="T",
-        help="types also measured as if they could hold every width, at nominal bits per weight, such as Q2_K (all matrices) or Q3_K_M (a mix)",
-    )  # fmt: skip
-    stock.add_argument("--embedding-type", metavar="T", help="of embedding and head in the stock files (default: what our file has)")
+        "--emulate",
+        nargs="+",
+        default=[],
+        metavar="T",
+        help="types also measured as if they could hold every width, at nominal bits per weight, such as Q2_K (all "
+        "matrices) or Q3_K_M (a mix)",
+    )
+    stock.add_argument(
+        "--embedding-type", metavar="T", help="of embedding and head in the stock files (default: what our file has)"
+    )
     measured = parser.add_argument_group("what is measured")
     measured.add_argument(
-        "--data", type=Path, metavar="DIR",
-        help="folder with gsm8k/test.jsonl, spider/eval.jsonl, spider/schemas.json and wikitext2/test.raw; without it only tools/data is there",
-    )  # fmt: skip
-    measured.add_argument("--eval", type=Path, metavar="FILE", help="held-out examples for KL, perplexity and top-1 (default: GSM8K test)")
+        "--data",
+        type=Path,
+        metavar="DIR",
+        help="folder with gsm8k/test.jsonl, spider/eval.jsonl, spider/schemas.json and wikitext2/test.raw; without it "
+        "only tools/data is there",
+    )
+    measured.add_argument(
+        "--eval", type=Path, metavar="FILE", help="held-out examples for KL, perplexity and top-1 (default: GSM8K test)"
+    )
     measured.add_argument("--n-eval", type=positive, default=24, metavar="N", help="of them (default 24)")
-    measured.add_argument("--loss", choices=LOSSES, default="text", help="which of their tokens count: all, or those of the assistant's last turn alone (default text)")
-    measured.add_argument("--n-gsm8k", type=int, default=0, metavar="N", help="GSM8K test questions that each file answers (default 0: no score)")
-    measured.add_argument("--n-spider", type=int, default=0, metavar="N", help="Spider questions that each file answers; needs --data (default 0)")
-    measured.add_argument("--wikitext", type=Path, metavar="FILE", help="general text (default: wikitext2/test.raw of --data)")
-    measured.add_argument("--n-windows", type=positive, default=40, metavar="N", help="windows of 512 tokens of it (default 40)")
+    measured.add_argument(
+        "--loss",
+        choices=LOSSES,
+        default="text",
+        help="which of their tokens count: all, or those of the assistant's last turn alone (default text)",
+    )
+    measured.add_argument(
+        "--n-gsm8k",
+        type=int,
+        default=0,
+        metavar="N",
+        help="GSM8K test questions that each file answers (default 0: no score)",
+    )
+    measured.add_argument(
+        "--n-spider",
+        type=int,
+        default=0,
+        metavar="N",
+        help="Spider questions that each file answers; needs --data (default 0)",
+    )
+    measured.add_argument(
+        "--wikitext", type=Path, metavar="FILE", help="general text (default: wikitext2/test.raw of --data)"
+    )
+    measured.add_argument(
+        "--n-windows", type=positive, default=40, metavar="N", help="windows of 512 tokens of it (default 40)"
+    )
     parser.add_argument("--name", help="of the results: compare-NAME.json and .png (default: the model's)")
-    parser.add_argument("--out", type=Path, default=TOOLS / "results", metavar="DIR", help="where the results go (default tools/results)")
-    parser.add_argument("-w", "--workdir", type=Path, metavar="DIR", help="files and measurements stay here (default compare-NAME.work)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=TOOLS / "results",
+        metavar="DIR",
+        help="where the results go (default tools/results)",
+    )
+    parser.add_argument(
+        "-w", "--workdir", type=Path, metavar="DIR", help="files and measurements stay here (default compare-NAME.work)"
+    )
     parser.add_argument("--threads", "-t", type=positive, metavar="N")
     split = argv.index("--") if "--" in argv else len(argv)
     args = parser.parse_args(argv[:split])
@@ -89,19 +157,39 @@ def data_file(args: argparse.Namespace, inside: str, fallback: str | None, n: in
 def configuration(args: argparse.Namespace) -> CompareConfig:
     """What is compared, without our files: they are exported first."""
     model = str(fetch_model(args.model)) if args.model in MODELS else args.model
-    name = args.name or (args.model if args.model in MODELS else Path(args.model.rstrip("/")).name.removesuffix(".gguf").lower())
+    name = args.name or (
+        args.model if args.model in MODELS else Path(args.model.rstrip("/")).name.removesuffix(".gguf").lower()
+    )
     args.name, args.workdir = name, args.workdir or Path(f"compare-{name}.work")
     scoring = []
-    for task, inside, fallback, n in (("gsm8k", "gsm8k/test.jsonl", "gsm8k-test-24.jsonl", args.n_gsm8k), ("spider", "spider/eval.jsonl", None, args.n_spider)):
+    for task, inside, fallback, n in (
+        ("gsm8k", "gsm8k/test.jsonl", "gsm8k-test-24.jsonl", args.n_gsm8k),
+        ("spider", "spider/eval.jsonl", None, args.n_spider),
+    ):
         if n > 0:
             scoring.append(Scoring(task, data_file(args, inside, fallback, n), n))
-    text = args.wikitext or (args.data / "wikitext2" / "test.raw" if args.data and (args.data / "wikitext2" / "test.raw").is_file() else None)
+    text = args.wikitext or (
+        args.data / "wikitext2" / "test.raw" if args.data and (args.data / "wikitext2" / "test.raw").is_file() else None
+    )
     types = None if args.types is None else [t for t in ",".join(args.types).split(",") if t.lower() != "none"]
     return CompareConfig(
-        model=model, task=args.task or DATA / "gsm8k-train-128.jsonl", held_out=args.eval or data_file(args, "gsm8k/test.jsonl", "gsm8k-test-24.jsonl", args.n_eval),
-        workdir=args.workdir, files=(), types=types, emulate=[t for t in ",".join(args.emulate).split(",") if t], n_samples=args.n_samples, n_eval=args.n_eval, loss=args.loss,
-        text=text, n_windows=args.n_windows, scoring=scoring, embedding_type=args.embedding_type, head_type=args.embedding_type, threads=args.threads,
-    )  # fmt: skip
+        model=model,
+        task=args.task or DATA / "gsm8k-train-128.jsonl",
+        held_out=args.eval or data_file(args, "gsm8k/test.jsonl", "gsm8k-test-24.jsonl", args.n_eval),
+        workdir=args.workdir,
+        files=(),
+        types=types,
+        emulate=[t for t in ",".join(args.emulate).split(",") if t],
+        n_samples=args.n_samples,
+        n_eval=args.n_eval,
+        loss=args.loss,
+        text=text,
+        n_windows=args.n_windows,
+        scoring=scoring,
+        embedding_type=args.embedding_type,
+        head_type=args.embedding_type,
+        threads=args.threads,
+    )
 
 
 def _begun(work: Path, flag: str, value: str) -> bool:
@@ -116,7 +204,9 @@ def _begun(work: Path, flag: str, value: str) -> bool:
 
 def export_files(args: argparse.Namespace, config: CompareConfig) -> list[Path]:
     """Our files at the sizes asked for, made as a user would make them; those that are there are not made again."""
-    wanted = [("--target-bpw", value) for value in args.target_bpw] + [("--target-size", value) for value in args.target_size]
+    wanted = [("--target-bpw", value) for value in args.target_bpw] + [
+        ("--target-size", value) for value in args.target_size
+    ]
     files = []
     for flag, value in wanted:
         outfile = config.workdir / f"tacq-{value}.gguf"
@@ -125,7 +215,20 @@ def export_files(args: argparse.Namespace, config: CompareConfig) -> list[Path]:
             raise TacqError(f"{outfile} was exported with other options; give another --workdir, or delete the file.")
         if not outfile.is_file():
             note.write_text(json.dumps(args.options))
-            command = [sys.executable, "-m", "tacq_export", config.model, "--task", str(config.task), "--outfile", str(outfile), flag, value, "--n-samples", str(config.n_samples)]
+            command = [
+                sys.executable,
+                "-m",
+                "tacq_export",
+                config.model,
+                "--task",
+                str(config.task),
+                "--outfile",
+                str(outfile),
+                flag,
+                value,
+                "--n-samples",
+                str(config.n_samples),
+            ]
             command += (["--threads", str(config.threads)] if config.threads else []) + args.options
             if "--workdir" not in args.options and "-w" not in args.options:
                 shared = config.workdir / "export.work"  # all sizes calibrate once
@@ -151,7 +254,10 @@ def run(args: argparse.Namespace) -> None:
     write_json(rows, args.out / f"compare-{args.name}.json")
     if len(rows) > 1:  # more than the reference alone
         held_out = config.held_out.absolute()
-        about = f"calibrated on {config.task.stem}; KL on {rows[0].n_tokens} tokens of {held_out.parent.name}/{held_out.name}"
+        about = (
+            f"calibrated on {config.task.stem}; KL on {rows[0].n_tokens} tokens of "
+            f"{held_out.parent.name}/{held_out.name}"
+        )
         plot_compare(rows, args.out / f"compare-{args.name}.png", args.name, about)
     print("\n".join(table(rows)))
     print(json_line(rows))

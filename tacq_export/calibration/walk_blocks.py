@@ -1,0 +1,152 @@
+"""A model run block by block over all texts, so that the inputs of one block's matrices are in memory at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from ..inputs.link_tensors import LinkedTensor
+from ..inputs.load_model import LoadedModel
+from .collect_inputs import Done, hooked, input_rows
+
+Arguments = tuple[tuple, dict]  # of a block, without the hidden states
+
+
+def block_name(tensor: LinkedTensor) -> str | None:
+    """The block that a matrix is in, which is what the first number in its module's name says: model.layers.7; None for
+    one outside blocks."""
+    parts = tensor.module_name.split(".")
+    number = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+    return None if number is None else ".".join(parts[: number + 1])
+
+
+def blocks_of(loaded: LoadedModel) -> list[tuple[torch.nn.Module, list[LinkedTensor]]]:
+    """(block, its matrices) in the model's order."""
+    found: dict[str, list[LinkedTensor]] = {}
+    for tensor in loaded.linear:
+        if (name := block_name(tensor)) is not None:
+            found.setdefault(name, []).append(tensor)
+    names = sorted(found, key=lambda name: int(name.rsplit(".", 1)[1]))
+    return [(loaded.model.get_submodule(name), found[name]) for name in names]
+
+
+class BlockWalk:
+    """Runs the texts through a model block by block.
+
+    blocks: all blocks, in order; bf16: matrix products in bfloat16. `enter` runs the next block and catches what its
+    matrices are called with; `leave` goes on behind it. Matrices may get other weights in between: what follows is the
+    model as it was all the same.
+    """
+
+    def __init__(
+        self, loaded: LoadedModel, blocks: Sequence[torch.nn.Module], texts: Sequence[Sequence[int]], bf16: bool
+    ):
+        self._model, self._blocks, self._bf16 = loaded.model, blocks, bf16
+        self._arguments: list[list[Arguments]] = []  # of each text and block
+        self._states: list[torch.Tensor] = []  # of each text, those that enter the block
+        self._ahead: list[torch.Tensor] = []  # and those that leave it
+        self._inputs: dict[int, list[torch.Tensor]] = {}  # by module: each text's inputs
+        self._at = 0
+        self._wraps = bool(blocks) and _returns_tuple(loaded.model, blocks[0], texts[0])
+        for text in texts if blocks else []:
+            states, arguments = self._first_call(text)
+            self._states.append(states)
+            self._arguments.append(arguments)
+
+    @contextmanager
+    def _instead(self, forward) -> Iterator[None]:
+        """`forward` in place of every block's, for as long as the `with` lasts."""
+        try:
+            for block in self._blocks:
+                block.forward = forward
+            yield
+        finally:
+            for block in self._blocks:
+                del block.forward  # the class's again
+
+    @torch.no_grad()
+    def _first_call(self, text: Sequence[int]) -> tuple[torch.Tensor, list[Arguments]]:
+        """Hidden states that enter the first block, and with what else each block is called. No block computes anything
+        here."""
+        entering: list[torch.Tensor] = []
+        arguments: list[Arguments] = []
+
+        def forward(*args, **kwargs):
+            hidden = args[0] if args else kwargs.pop("hidden_states")
+            entering.append(hidden)
+            arguments.append((args[1:], kwargs))
+            if len(arguments) == len(self._blocks):
+                raise Done
+            return (hidden,) if self._wraps else hidden
+
+        with self._instead(forward), self._precision():
+            try:
+                self._model(input_ids=torch.tensor([list(text)], device=self._model.device), use_cache=False)
+            except Done:
+                pass
+        return entering[0], arguments
+
+    def _precision(self):
+        return torch.autocast(self._model.device.type, torch.bfloat16, enabled=self._bf16)
+
+    @torch.no_grad()
+    def _run(self, states: torch.Tensor, text: int) -> torch.Tensor:
+        args, kwargs = self._arguments[text][self._at]
+        with self._precision():
+            out = self._blocks[self._at](states, *args, **kwargs)
+        return out[0] if isinstance(out, tuple) else out
+
+    def enter(self, modules: Sequence[torch.nn.Module]) -> None:
+        """Run the next block, before any of its matrices is changed. modules: those whose `inputs` will be asked for,
+        each in it."""
+        self._inputs = {id(module): [] for module in modules}
+        with hooked(
+            (module, lambda module, args: self._inputs[id(module)].append(input_rows(args))) for module in modules
+        ):
+            self._ahead = [self._run(states, i) for i, states in enumerate(self._states)]
+
+    def inputs(self, module: torch.nn.Module) -> list[torch.Tensor]:
+        """Of each text, float32 [tokens, columns]."""
+        return self._inputs[id(module)]
+
+    def leave(self) -> None:
+        """Go on behind the block."""
+        self._states, self._ahead, self._inputs = self._ahead, [], {}
+        self._at += 1
+
+    @contextmanager
+    def passed(self) -> Iterator[None]:
+        """Behind the last block: for as long as the `with` lasts the model, called with each of the texts in turn,
+        computes no block."""
+        states = iter(self._states)
+        calls = 0
+
+        def forward(*args, **kwargs):
+            nonlocal calls
+            hidden = next(states) if calls % len(self._blocks) == 0 else args[0] if args else kwargs["hidden_states"]
+            calls += 1
+            return (hidden,) if self._wraps else hidden
+
+        with self._instead(forward), self._precision():
+            yield
+
+
+@torch.no_grad()
+def _returns_tuple(model: torch.nn.Module, block: torch.nn.Module, text: Sequence[int]) -> bool:
+    """Whether the block puts its hidden states into a tuple, as some versions of transformers do."""
+    found: list[bool] = []
+
+    def hook(module: torch.nn.Module, args: tuple, output) -> None:
+        found.append(isinstance(output, tuple))
+        raise Done
+
+    handle = block.register_forward_hook(hook)
+    try:
+        model(input_ids=torch.tensor([list(text[:16])], device=model.device), use_cache=False)
+    except Done:
+        pass
+    finally:
+        handle.remove()
+    return found[0]

@@ -1,0 +1,1 @@
+"""Matrices to codes: GPTQ, coordinate descent, and what is tuned afterwards."""

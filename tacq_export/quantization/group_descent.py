@@ -1,0 +1,154 @@
+"""Binding of group_descent.c: compiled once into the cache, with the C compiler that also builds the runtime.
+
+The inner loop of the quantizer takes a few hundred dependent operations a group of 32 weights, for which torch would
+start one kernel each.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from ..errors import TacqError
+from ..format.block_codec import CODECS
+from ..format.tensor_types import GROUP_SIZE
+from ..runtime.build import machine_identity
+from ..runtime.source import cache_dir
+from .fit_groups import SEARCH_WINDOW, codec_tables
+
+_SOURCE = Path(__file__).with_name("group_descent.c")
+_FLAGS = ["-std=c11", "-O3", "-march=native", "-mprefer-vector-width=512", "-shared", "-fPIC"]
+
+
+class _Descent(ctypes.Structure):
+    """struct tacq_descent."""
+
+    _fields_ = (
+        [(name, ctypes.c_int32) for name in ("bits", "n_books", "scale_bits", "passes")]
+        + [(name, ctypes.c_void_p) for name in ("scale_of_byte", "levels")]
+        + [(name, ctypes.c_int32) for name in ("below", "above", "fresh", "pad")]
+        + [(name, ctypes.c_void_p) for name in ("h", "kept", "gradient", "values", "base", "change", "codes", "bytes")]
+    )
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    """The compiled library. Raises TacqError if there is no C compiler, or it fails."""
+    compiler = os.environ.get("CC") or next((name for name in ("cc", "gcc", "clang") if shutil.which(name)), None)
+    if compiler is None:
+        raise TacqError(
+            "There is no C compiler for the quantizer; install one (on Debian and Ubuntu: sudo apt-get install gcc)."
+        )
+    key = hashlib.sha256("\n".join([_SOURCE.read_text(), *_FLAGS, compiler, machine_identity()]).encode()).hexdigest()[
+        :16
+    ]
+    target = cache_dir() / "quantizer" / f"group_descent-{key}.so"
+    if not target.is_file():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+        try:
+            done = subprocess.run(
+                [*compiler.split(), *_FLAGS, "-o", str(partial), str(_SOURCE), "-lm"], capture_output=True, text=True
+            )
+            said = done.stderr.splitlines()
+            lines = ([line for line in said if "error" in line] or said or ["no output"]) if done.returncode else []
+        except OSError as error:  # what CC names is not there
+            lines = [error.strerror]
+        if lines:
+            raise TacqError(
+                f"{compiler} could not compile {_SOURCE.name} ({lines[0].strip()}); set CC to another C compiler."
+            )
+        os.replace(partial, target)
+    library = ctypes.CDLL(str(target))
+    library.tacq_descend.argtypes, library.tacq_descend.restype = (
+        [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64],
+        None,
+    )
+    return library
+
+
+@cache
+def _pool(n_threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(n_threads)
+
+
+class PanelDescent:
+    """Descends panel by panel (groups of the same 32 columns in all rows) over one matrix.
+
+    bits: of the codec.  passes: over a group's codes once its byte is chosen.
+    """
+
+    def __init__(self, bits: int, n_rows: int, passes: int = 2):
+        self._library = _library()
+        self._scales, _, self._levels = codec_tables(bits, torch.device("cpu"))
+        self._n_rows = n_rows
+        codec = CODECS[bits]
+        self._task = _Descent(
+            bits=bits,
+            n_books=len(codec.levels),
+            scale_bits=codec.scale_bits,
+            passes=passes,
+            scale_of_byte=self._scales.data_ptr(),
+            levels=self._levels.data_ptr(),
+        )
+        self._task.below, self._task.above = SEARCH_WINDOW[bits]
+
+    def __call__(
+        self,
+        h: torch.Tensor,
+        gradient: torch.Tensor,
+        values: torch.Tensor,
+        base: torch.Tensor,
+        codes: torch.Tensor,
+        scale_bytes: torch.Tensor,
+        kept: torch.Tensor | None,
+        fresh: bool,
+    ) -> torch.Tensor:
+        """One panel; everything is contiguous and on the CPU. Returns float32 [rows, 32]: the change of `values`.
+
+        h: float32 [32, 32], H of the panel's columns; gradient: float32 [rows, 32], D H there; kept: bool [rows, 32] or
+        None; fresh: True if there are no codes yet. Changed in place: values and base, float32 [rows, 32]; codes, uint8
+        [rows, 32]; scale_bytes, uint8 [rows].
+        """
+        n = self._n_rows
+        h, change = h.float().contiguous(), torch.empty(n, GROUP_SIZE)
+        expected = {
+            "h": (h, (GROUP_SIZE, GROUP_SIZE), torch.float32),
+            "gradient": (gradient, (n, GROUP_SIZE), torch.float32),
+            "values": (values, (n, GROUP_SIZE), torch.float32),
+            "base": (base, (n, GROUP_SIZE), torch.float32),
+            "codes": (codes, (n, GROUP_SIZE), torch.uint8),
+            "bytes": (scale_bytes, (n,), torch.uint8),
+        }
+        self._task.kept = None
+        if kept is not None:
+            expected["kept"] = (kept, (n, GROUP_SIZE), torch.bool)
+        for name, (tensor, shape, dtype) in expected.items():
+            if (
+                tensor.shape != shape
+                or tensor.dtype != dtype
+                or not tensor.is_contiguous()
+                or tensor.device.type != "cpu"
+            ):
+                raise ValueError(
+                    f"{name} is {tensor.dtype} {tuple(tensor.shape)}, expected contiguous {dtype} {shape} on the CPU"
+                )
+            setattr(self._task, name, tensor.data_ptr())
+        self._task.change, self._task.fresh = change.data_ptr(), int(fresh)
+        n_threads = torch.get_num_threads()
+        share = max(-(-n // n_threads), 16)
+        pieces = [(start, min(start + share, n)) for start in range(0, n, share)]
+        call = lambda piece: self._library.tacq_descend(ctypes.addressof(self._task), *piece)  # noqa: E731
+        if len(pieces) == 1:
+            call(pieces[0])
+        else:
+            list(_pool(n_threads).map(call, pieces))  # ctypes lets go of the interpreter's lock
+        return change

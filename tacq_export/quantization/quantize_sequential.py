@@ -1,0 +1,137 @@
+"""What a matrix really gets to see: the model is run block by block with the matrices before it quantized already.
+
+With x_t the inputs of a matrix in the float model and z_t those in the quantized one, its outputs are right when
+sum_t w_t |W x_t - Q z_t|^2 is small. That is tr((V - Q) H (V - Q)^T) and a constant, with
+
+    H = sum_t w_t z_t z_t^T,    V = W + W C H^-1,    C = sum_t w_t (x_t - z_t) z_t^T
+
+so GPTQ gets H and, in place of W, the target V, in which each matrix makes up for what those before it did wrong
+(GPTAQ, arXiv 2504.02692). V is fitted to few tokens, and W is no bad guess: the target goes only a part of the way to
+it, the `compensation`, and H is shrunk first (quantize_gptq.py). The official TaCQ, as GPTQ's code, has H of the
+quantized model's inputs too, but W as the target. tools/LOG.md has what each is worth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..calibration.calibrate import Calibration, effective_number
+from ..calibration.collect_inputs import Done, add_products, add_to_lower, hooked, input_rows, mirror, weighted_rows
+from ..calibration.hessian import inverse_hessian_cholesky, shrink
+from ..calibration.walk_blocks import BlockWalk, block_name, blocks_of
+from ..config import ExportConfig
+from ..errors import TacqError
+from ..inputs.link_tensors import LinkedTensor
+from ..inputs.load_model import LoadedModel
+from ..reporting import Reporter
+
+
+@dataclass
+class Seen:
+    """Of matrices with the same input: hessian H, float32 [columns, columns], and by a matrix's name W C, float32
+    [rows, columns]."""
+
+    hessian: torch.Tensor
+    cross: dict[str, torch.Tensor]
+
+    def target(self, tensor: LinkedTensor, upper: torch.Tensor, compensation: float) -> torch.Tensor:
+        """W + compensation * W C H^-1, float32 [rows, columns]; upper: U with U^T U = H^-1."""
+        return tensor.weight + compensation * (self.cross[tensor.name] @ upper.t()) @ upper
+
+
+class QuantizedWalk(BlockWalk):
+    """Runs the texts through a model block by block, twice side by side: as it was, and with what is quantized so far.
+
+    After `enter`, `see` says what matrices of the block see; whoever quantizes them puts the new weights into the
+    modules.
+    """
+
+    def __init__(
+        self, loaded: LoadedModel, blocks: Sequence[torch.nn.Module], texts: Sequence[Sequence[int]], bf16: bool
+    ):
+        super().__init__(loaded, blocks, texts, bf16)
+        self._quantized = list(self._states)  # hidden states of each text, where the blocks before are quantized
+
+    def see(self, tensors: Sequence[LinkedTensor], weights: torch.Tensor | None) -> Seen:
+        """What matrices with the same input see; the first one's module was named to `enter`. weights: float32 [tokens
+        of all texts], or None for 1."""
+        module, stacked = tensors[0].module, torch.cat([t.weight for t in tensors])
+        rows, columns = stacked.shape
+        few = 2 * rows <= columns  # then W (x - z), token by token, is less work than C
+        hessian = torch.zeros(columns, columns, device=stacked.device)
+        cross = torch.zeros(rows if few else columns, columns, device=stacked.device)
+        first = 0
+
+        def hook(module: torch.nn.Module, args: tuple) -> None:
+            z, x = input_rows(args), self.inputs(module)[text]
+            weighted = weighted_rows(z, weights, first)
+            add_to_lower(hessian, z, weighted)
+            with torch.autocast(z.device.type, enabled=False):
+                moved = (x - z) @ stacked.t() if few else x - z
+            add_products(cross, moved, weighted)
+            raise Done
+
+        with hooked([(module, hook)]):
+            for text, states in enumerate(self._quantized):
+                try:
+                    self._run(states, text)
+                except Done:
+                    pass
+                first += len(self.inputs(module)[text])
+        of_each = (cross if few else stacked @ cross).split([len(t.weight) for t in tensors])
+        return Seen(mirror(hessian), {t.name: part for t, part in zip(tensors, of_each, strict=True)})
+
+    def leave(self) -> None:
+        """Run the block with its new weights, and go on to the next one."""
+        self._quantized = [self._run(states, i) for i, states in enumerate(self._quantized)]
+        super().leave()
+
+
+def quantize_in_order(
+    loaded: LoadedModel,
+    calibration: Calibration,
+    texts: Sequence[Sequence[int]],
+    config: ExportConfig,
+    wanted: Callable[[LinkedTensor], bool],
+    visit: Callable[[LinkedTensor, torch.Tensor, torch.Tensor, torch.Tensor], None],
+    quantized: Callable[[LinkedTensor], torch.Tensor | None],
+    reporter: Reporter,
+) -> None:
+    """visit(tensor, hessian shrunk, its inverse Cholesky, target) for every wanted matrix in a block, in the order in
+    which the model runs them.
+
+    quantized(tensor): the weights [rows, columns] that the model goes on with, wanted or not; None leaves them as they
+    are. Modules hold the new weights afterwards.
+    """
+    for tensor in loaded.linear:
+        if block_name(tensor) is None:
+            raise TacqError(
+                f"tensor '{tensor.name}' ({tensor.module_name}) is in no block of {loaded.name}; use --hessian-inputs "
+                "float."
+            )
+    names = {t.name for t in loaded.linear}
+    groups = [(k, group) for k, group in enumerate(calibration.groups) if group[0].name in names]
+    blocks = blocks_of(loaded)
+    walk = QuantizedWalk(loaded, [block for block, _ in blocks], texts, config.precision == "bf16")
+    total, done = sum(1 for t in loaded.linear if wanted(t)), 0
+    for _, tensors in blocks:
+        inside = {t.name for t in tensors}
+        of_block = [(k, group, [t for t in group if wanted(t)]) for k, group in groups if group[0].name in inside]
+        walk.enter([chosen[0].module for _, _, chosen in of_block if chosen])
+        for k, group, chosen in of_block:
+            if chosen:
+                weights = calibration.token_weights(k, config.hessian)
+                seen = walk.see(chosen, weights)
+                shrink(seen.hessian, effective_number(weights), config.shrinkage)
+                upper = inverse_hessian_cholesky(seen.hessian, config.damping, group[0].name)
+            for tensor in chosen:
+                visit(tensor, seen.hessian, upper, seen.target(tensor, upper, config.compensation))
+                done += 1
+                reporter.progress(done, total, "quantizing")
+            for tensor in group:
+                if (weight := quantized(tensor)) is not None:
+                    tensor.module.weight.data.copy_(weight)
+        walk.leave()
