@@ -249,7 +249,7 @@ def test_an_array_longer_than_the_file_ends_at_once(tmp_path):
     body = b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q", 1) + b"k" + struct.pack("<IIQ", 9, 4, 2**60)
     (tmp_path / "long.gguf").write_bytes(body)
     script = (
-        "import sys\nfrom tacq_export.format.write_gguf import open_gguf\nfrom tacq_export.errors import TacqError\n"
+        "import sys\nfrom tacq_export.format.gguf_file import open_gguf\nfrom tacq_export.errors import TacqError\n"
     )
     script += "try:\n    open_gguf(sys.argv[1])\nexcept TacqError as error:\n    print(error)\n"
     done = subprocess.run(
