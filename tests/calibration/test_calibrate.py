@@ -321,10 +321,10 @@ def test_an_interrupted_calibration_makes_only_what_is_missing(load_tiny, tmp_pa
         return moment(inputs, weights)
 
     def failing_at(wanted):
-        def prediction(tensor, *rest):
+        def prediction(trial, tensor, *rest):
             if tensor.name == wanted:
                 raise KeyboardInterrupt
-            return predict(tensor, *rest)
+            return predict(trial, tensor, *rest)
 
         return prediction
 
