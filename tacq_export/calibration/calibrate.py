@@ -21,6 +21,7 @@ and equal weights (tools/LOG.md).
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from transformers import PreTrainedModel
 
 from ..config import ExportConfig
 from ..errors import TacqError
@@ -37,6 +39,7 @@ from ..inputs.load_model import LoadedModel
 from ..reporting import Reporter
 from .collect_inputs import collect_inputs, group_by_input, second_moment
 from .hessian import damped_hessian, inverse_diagonal
+from .next_token_loss import backward_loss
 from .predict_loss import SAMPLE_DAMPING, TrialErrors, kept_shares, predict_losses
 from .score_weights import NEEDS_STATISTIC, gradient_power
 from .walk_blocks import BlockWalk, blocks_of
@@ -271,7 +274,7 @@ def effective_number(weights: torch.Tensor) -> float:
 
 
 def accumulate_gradients(
-    model: torch.nn.Module,
+    model: PreTrainedModel,
     of_weights: dict[str, torch.nn.Module],
     of_outputs: dict[str, torch.nn.Module],
     texts: Sequence[Sequence[int]],
@@ -321,15 +324,11 @@ def accumulate_gradients(
         for name, module in of_outputs.items():
             handles.append(module.register_forward_hook(add_output(name)))
         for i, text in enumerate(reporter.track(texts, "calibrating")):
-            batch = torch.tensor([text], device=model.device)
             begin = begins[i] if begins else 1
             scale = len(text) - begin
-            with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
-                logits = model(input_ids=batch, use_cache=False).logits[0, begin - 1 : -1].float()
-            loss = torch.nn.functional.cross_entropy(logits, batch[0, begin:])
-            if not torch.isfinite(loss):
-                raise TacqError(f"The loss of example {i + 1} is {loss.item()}; the model or that example is damaged.")
-            loss.backward()
+            loss = backward_loss(model, torch.tensor(text, device=model.device), begin, bf16)
+            if not math.isfinite(loss):
+                raise TacqError(f"The loss of example {i + 1} is {loss}; the model or that example is damaged.")
     finally:
         for handle in handles:
             handle.remove()
