@@ -1,4 +1,4 @@
-"""The ggml tensor types of this project: names, ids and sizes (the byte specification is in README.md).
+"""The ggml tensor types of this project: names, ids and sizes (cpp_ext/FORMAT.md has the bytes).
 
 Base types TACQ2, TACQ3 and TACQ4 follow ggml's block contract, 64 weights a block. Mixed types TACQ<b>_S<p> hold a
 whole tensor as a base section followed by a sparse section of `p` bytes per 64 weights (0.125 bits per weight for each
