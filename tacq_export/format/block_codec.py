@@ -1,8 +1,8 @@
 """The base codec: blocks of 64 weights, one scale byte per 32, 2-, 3- or 4-bit codes into small integer codebooks.
 
 Pure functions on numpy arrays; `pack_blocks` and `unpack_blocks` are inverses. The same numbers and the same bytes as
-`cpp_ext/tacq-common.h` and `cpp_ext/tacq-quants.c`, bit for bit (tests/format/test_python_equals_c.py). cpp_ext/FORMAT.md has the byte
-specification, `tools/fit_codebooks.py` the measurements that chose the numbers.
+`cpp_ext/tacq-common.h` and `cpp_ext/tacq-quants.c`, bit for bit (tests/format/test_python_equals_c.py).
+cpp_ext/FORMAT.md has the byte specification, `tools/fit_codebooks.py` the measurements that chose the numbers.
 """
 
 from __future__ import annotations
