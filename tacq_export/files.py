@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import glob
 import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from .errors import TacqError
 
@@ -52,15 +55,50 @@ def need_space(
 
 
 @contextlib.contextmanager
-def written_atomically(outfile: Path) -> Iterator[Path]:
-    """A temporary path beside `outfile`, renamed to it at the end; nothing is left when anything fails."""
+def written_atomically(outfile: Path, option: str = "--outfile") -> Iterator[Path]:
+    """A temporary path beside `outfile`, renamed to it when its bytes are on the disk; nothing is left when anything
+    fails. What a killed process left under such a name is removed. option: names the place in the command line.
+
+    Raises TacqError when the disk is full or the file cannot be written, also where a library says so in its own way.
+    """
+    remove_stale_partials(outfile)
     partial = outfile.with_name(f".{outfile.name}.{os.getpid()}.partial")
     try:
         yield partial
+        with partial.open("rb+") as written:
+            os.fsync(written.fileno())  # else a power cut may leave the name without the bytes
         os.replace(partial, outfile)
     except OSError as error:
-        raise TacqError(
-            f"Could not write {outfile} ({error.strerror or error}); free some space or give another --outfile."
-        ) from error
+        raise _not_written(outfile, error.strerror or str(error), option) from error
+    except (SafetensorError, RuntimeError) as error:
+        # safetensors and torch.save have errors of their own for a failed write; their text names the cause.
+        cause = str(error).split("\n", 1)[0]
+        if not any(
+            word in cause for word in ("os error", "I/O error", "IoError", "write", "writing", "unexpected pos")
+        ):
+            raise
+        raise _not_written(outfile, cause, option) from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _not_written(outfile: Path, cause: str, option: str) -> TacqError:
+    return TacqError(f"Could not write {outfile} ({cause}); free some space or give another {option}.")
+
+
+def remove_stale_partials(outfile: Path) -> None:
+    """Remove the temporary files of `outfile` whose process no longer runs."""
+    for path in outfile.parent.glob(f".{glob.escape(outfile.name)}.*.partial"):
+        pid = path.name.removesuffix(".partial").rpartition(".")[2]
+        if pid.isdecimal() and not _is_running(int(pid)):
+            path.unlink(missing_ok=True)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass  # another user's
+    return True

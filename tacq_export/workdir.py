@@ -94,7 +94,7 @@ class WorkDir:
             )
             for name, s in selection.items()
         }
-        with written_atomically(self.path / "selection.pt") as partial:
+        with written_atomically(self.path / "selection.pt", "--workdir") as partial:
             torch.save(plain, partial)
 
     def has_tensor(self, name: str) -> bool:
@@ -102,9 +102,9 @@ class WorkDir:
 
     def save_tensor(self, name: str, data: np.ndarray, facts: dict) -> None:
         """The tensor's bytes first, its facts (which mark it as finished) last."""
-        with written_atomically(self._file(name, ".bin")) as partial:
-            data.tofile(partial)
-        with written_atomically(self._file(name, ".json")) as partial:
+        with written_atomically(self._file(name, ".bin"), "--workdir") as partial:
+            partial.write_bytes(data.data)
+        with written_atomically(self._file(name, ".json"), "--workdir") as partial:
             partial.write_text(json.dumps(facts))
 
     def load_tensor(self, name: str) -> np.ndarray:

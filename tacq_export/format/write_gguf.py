@@ -108,9 +108,23 @@ def write_gguf(
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
             for planned in reporter.track(tensors, "writing"):
-                writer.write_tensor_data(np.ascontiguousarray(planned.data()))
+                _write_tensor(writer, planned)
         finally:
             writer.close()
+
+
+def _write_tensor(writer: gguf.GGUFWriter, planned: PlannedTensor) -> None:
+    """The bytes of the next tensor. gguf-py's own way, numpy's `tofile`, does not see that the last write failed."""
+    data = np.ascontiguousarray(planned.data()).reshape(-1).view(np.uint8)
+    if data.nbytes != planned.nbytes:
+        raise TacqError(
+            f"tensor '{planned.name}': {data.nbytes} bytes were made, expected {planned.nbytes} for "
+            f"{planned.type.name}; please report it."
+        )
+    out = writer.fout[0]
+    writer.write_padding(out, out.tell())
+    out.write(data.data)
+    writer.write_padding(out, data.nbytes)
 
 
 def dequantize_gguf(source: Path | str, outfile: Path, type_name: str, reporter: Reporter) -> None:
