@@ -13,6 +13,7 @@ import json
 import math
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -146,9 +147,9 @@ def run_child(answer: Path, log: Path, arguments: tuple) -> None:
 
 def in_own_process(name: str, folder: Path, args: argparse.Namespace) -> dict:
     """`check` in a fork of this process, which has torch loaded already; its whole group is ended at the limit."""
-    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     answer, log = folder / "facts.json", folder / "log.txt"
-    answer.unlink(missing_ok=True)
     began = time.monotonic()
     child = multiprocessing.get_context("fork").Process(
         target=run_child, args=(answer, log, (name, folder, args.from_gguf, args.target_bpw))
