@@ -119,7 +119,9 @@ ARCHITECTURES: dict[str, Architecture] = dict(
         text("Qwen2ForCausalLM", "gpt2"),
         text("Qwen3ForCausalLM", "gpt2", head_dim=16),
         text("Qwen2MoeForCausalLM", "gpt2", num_experts=8, num_experts_per_tok=2, moe_intermediate_size=64),
-        text("Qwen3MoeForCausalLM", "gpt2", head_dim=16, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=64),
+        text(
+            "Qwen3MoeForCausalLM", "gpt2", head_dim=16, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=64
+        ),
         text(
             "Qwen3NextForCausalLM",
             "gpt2",
@@ -348,7 +350,9 @@ ARCHITECTURES: dict[str, Architecture] = dict(
         text("Glm4MoeLiteForCausalLM", "gpt2", **DEEPSEEK),
         text("YoutuForCausalLM", "gpt2", **MLA),
         text("DeepseekV32ForCausalLM", "gpt2", **DEEPSEEK | GROUPED, index_topk=16, index_head_dim=32, index_n_heads=4),
-        text("GlmMoeDsaForCausalLM", "gpt2", **DEEPSEEK, index_topk=16, index_head_dim=32, index_n_heads=4, modern=True),
+        text(
+            "GlmMoeDsaForCausalLM", "gpt2", **DEEPSEEK, index_topk=16, index_head_dim=32, index_n_heads=4, modern=True
+        ),
         # State space, convolutions, linear attention
         text("MambaForCausalLM", "gpt2", state_size=16, time_step_rank=4, hub={"d_model": 64}),
         text("FalconMambaForCausalLM", "gpt2", state_size=16, time_step_rank=4),
@@ -442,9 +446,7 @@ ARCHITECTURES: dict[str, Architecture] = dict(
             rope_parameters=MROPE,
         ),
         wrapper("Qwen2_5_VLForConditionalGeneration", "gpt2", vision=QWEN_VISION, rope_parameters=MROPE),
-        wrapper(
-            "Qwen3VLForConditionalGeneration", "gpt2", vision=QWEN_VISION, head_dim=16, rope_parameters=MROPE
-        ),
+        wrapper("Qwen3VLForConditionalGeneration", "gpt2", vision=QWEN_VISION, head_dim=16, rope_parameters=MROPE),
         wrapper(
             "Qwen3VLMoeForConditionalGeneration",
             "gpt2",

@@ -140,7 +140,9 @@ def run_child(answer: Path, log: Path, arguments: tuple) -> None:
     except Exception as error:
         traceback.print_exc()
         place = traceback.extract_tb(error.__traceback__)[-1]
-        cause = f"{type(error).__name__}: {' '.join(str(error).split())[:200]} ({Path(place.filename).name}:{place.lineno})"
+        cause = (
+            f"{type(error).__name__}: {' '.join(str(error).split())[:200]} ({Path(place.filename).name}:{place.lineno})"
+        )
         facts = {"name": arguments[0], "outcome": "traceback", "sentence": cause}
     answer.write_text(json.dumps(facts))
 
@@ -198,7 +200,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser("tools/check_architectures", description=__doc__)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these architectures alone; part of a name is enough")
     parser.add_argument("--from-gguf", action="store_true", help="give the float GGUF as MODEL, not the folder")
-    parser.add_argument("--target-bpw", type=float, default=4.25, help="bits per weight of the matrices (default: 4.25)")
+    parser.add_argument(
+        "--target-bpw", type=float, default=4.25, help="bits per weight of the matrices (default: 4.25)"
+    )
     parser.add_argument("--timeout", type=positive, default=240, help="seconds for one architecture (default: 240)")
     parser.add_argument("--outfile-json", metavar="FILE", help="write one JSON line an architecture, as they are done")
     parser.add_argument("--keep", metavar="FOLDER", help="keep models, files and logs there")

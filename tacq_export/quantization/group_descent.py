@@ -25,7 +25,10 @@ from ..runtime.source import cache_dir
 from .fit_groups import SEARCH_WINDOW, codec_tables
 
 _SOURCE = Path(__file__).with_name("group_descent.c")
-_FLAGS = ["-std=c11", "-O3", "-march=native", "-mprefer-vector-width=512", "-shared", "-fPIC"]
+# No fused multiply-add where the source has two operations: a file then has the same bytes whatever machine wrote it.
+_FLAGS = ["-std=c11", "-O3", "-ffp-contract=off", "-shared", "-fPIC"]
+# For speed alone. A compiler of another architecture, or an older one, has not all of them.
+_SPEED_FLAGS = ["-march=native", "-mprefer-vector-width=512"]
 
 
 class _Descent(ctypes.Structure):
@@ -47,21 +50,19 @@ def _library() -> ctypes.CDLL:
         raise TacqError(
             "There is no C compiler for the quantizer; install one (on Debian and Ubuntu: sudo apt-get install gcc)."
         )
-    key = hashlib.sha256("\n".join([_SOURCE.read_text(), *_FLAGS, compiler, machine_identity()]).encode()).hexdigest()[
-        :16
-    ]
+    decisive = [_SOURCE.read_text(), *_FLAGS, *_SPEED_FLAGS, compiler, machine_identity()]
+    key = hashlib.sha256("\n".join(decisive).encode()).hexdigest()[:16]
     target = cache_dir() / "quantizer" / f"group_descent-{key}.so"
     if not target.is_file():
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+        command = [*compiler.split(), *_FLAGS, *accepted_flags(compiler, _SPEED_FLAGS)]
         try:
-            done = subprocess.run(
-                [*compiler.split(), *_FLAGS, "-o", str(partial), str(_SOURCE), "-lm"], capture_output=True, text=True
-            )
+            done = subprocess.run([*command, "-o", str(partial), str(_SOURCE), "-lm"], capture_output=True, text=True)
             said = done.stderr.splitlines()
             lines = ([line for line in said if "error" in line] or said or ["no output"]) if done.returncode else []
         except OSError as error:  # what CC names is not there
-            lines = [error.strerror]
+            lines = [error.strerror or str(error)]
         if lines:
             raise TacqError(
                 f"{compiler} could not compile {_SOURCE.name} ({lines[0].strip()}); set CC to another C compiler."
@@ -73,6 +74,21 @@ def _library() -> ctypes.CDLL:
         None,
     )
     return library
+
+
+def accepted_flags(compiler: str, flags: list[str]) -> list[str]:
+    """Those of `flags` that `compiler` (a command, with arguments if need be) takes without a word, each asked alone:
+    gcc refuses a flag of another architecture, clang warns that it has no use for it."""
+    taken = []
+    for flag in flags:
+        command = [*compiler.split(), flag, "-Werror", "-S", "-x", "c", "-", "-o", os.devnull]
+        try:
+            asked = subprocess.run(command, input="int nothing;", capture_output=True, text=True)
+        except OSError:
+            break  # there is no such compiler, which compiling says in words
+        if asked.returncode == 0:
+            taken.append(flag)
+    return taken
 
 
 @cache

@@ -3,6 +3,7 @@ compiled."""
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -242,12 +243,15 @@ def cache(tmp_path, monkeypatch):
 
 
 def compilations(monkeypatch) -> list[list[str]]:
+    """The compiler's commands from now on, but for those that ask it for its flags."""
     calls, original = [], subprocess.run
-    monkeypatch.setattr(
-        group_descent.subprocess,
-        "run",
-        lambda command, **options: (calls.append(command), original(command, **options))[1],
-    )
+
+    def watched(command, **options):
+        if "-" not in command:
+            calls.append(command)
+        return original(command, **options)
+
+    monkeypatch.setattr(group_descent.subprocess, "run", watched)
     return calls
 
 
@@ -319,6 +323,68 @@ def test_the_compiler_may_have_arguments(cache, monkeypatch):
     calls = compilations(monkeypatch)
     PanelDescent(2, 1)
     assert calls[0][:2] == ["cc", "-DUNUSED=1"]
+
+
+def test_only_flags_that_the_compiler_takes_are_given(tmp_path):
+    """One compiler has an unknown flag, one warns of it, one is not there."""
+    flags = ["-march=native", "-fno-such-flag", "-O1"]
+    assert group_descent.accepted_flags("cc", flags) == ["-march=native", "-O1"]
+    warns = tmp_path / "warns"
+    warns.write_text('#!/bin/sh\ncase "$*" in *-march=native*-Werror*) exit 1;; esac\n')
+    warns.chmod(0o755)
+    assert group_descent.accepted_flags(str(warns), flags) == ["-fno-such-flag", "-O1"]
+    assert group_descent.accepted_flags("no-such-compiler", flags) == []
+
+
+def test_a_compiler_that_does_not_take_the_flags_of_this_machine_compiles_without_them(cache, monkeypatch, tmp_path):
+    """As gcc does on aarch64: an unknown option is an error. The result is the same, to the bit."""
+    script = tmp_path / "cc"
+    script.write_text(
+        '#!/bin/sh\ncase "$*" in *-mprefer-vector-width*|*-march=*) echo "error: unrecognized option" >&2; exit 1;; esac\n'
+        'exec cc "$@"\n'
+    )
+    script.chmod(0o755)
+    task = panel(2, 40, fresh=False, share_kept=0.1)
+    native = run(2, task)
+    monkeypatch.setenv("CC", str(script))
+    group_descent._library.cache_clear()
+    calls = compilations(monkeypatch)
+    plain = run(2, task)
+    assert calls and not any("-march" in argument or "-mprefer" in argument for argument in calls[0])
+    assert all(torch.equal(native[k], plain[k]) for k in native)
+
+
+CROSS, EMULATOR = "aarch64-linux-gnu-gcc", "qemu-aarch64-static"
+
+
+@pytest.mark.skipif(not (shutil.which(CROSS) and shutil.which(EMULATOR)), reason=f"needs {CROSS} and {EMULATOR}")
+def test_an_arm_processor_makes_the_same_bytes(tmp_path):
+    """Compiled for aarch64 with the very flags that the quantizer would choose there, and run in an emulator: all
+    values, codes and bytes are those of this machine, to the bit."""
+    program = tmp_path / "run_descent"
+    flags = [flag for flag in group_descent._FLAGS if flag not in ("-shared", "-fPIC")]
+    flags += group_descent.accepted_flags(CROSS, group_descent._SPEED_FLAGS)
+    source = Path(__file__).with_name("run_descent.c")
+    command = [CROSS, *flags, "-static", "-Wall", "-Wextra", "-Werror", f"-I{group_descent._SOURCE.parent}"]
+    subprocess.run([*command, str(source), "-lm", "-o", str(program)], check=True)
+    assert b"aarch64" in subprocess.run(["readelf", "-h", program], capture_output=True).stdout.lower()
+    for bits in BITS:
+        for fresh, share_kept in ((True, 0.0), (False, 0.1)):
+            rows = 50
+            task = panel(bits, rows, fresh, share_kept)
+            descent = PanelDescent(bits, rows)
+            sizes = [
+                getattr(descent._task, key) for key in ("bits", "n_books", "scale_bits", "passes", "below", "above")
+            ]
+            kept = task["kept"] if task["kept"] is not None else torch.zeros(rows, 32, dtype=torch.bool)
+            given = [torch.tensor([*sizes, int(fresh), int(task["kept"] is not None), rows], dtype=torch.int32)]
+            given += [descent._scales.float(), descent._levels.float(), task["h"], kept]
+            given += [task[key] for key in ("gradient", "values", "base", "codes", "scale_bytes")]
+            (tmp_path / "in").write_bytes(b"".join(t.contiguous().numpy().tobytes() for t in given))
+            subprocess.run([EMULATOR, program, tmp_path / "in", tmp_path / "out"], check=True, timeout=120)
+            here = run(bits, task)
+            ours = [here[key] for key in ("values", "base", "change", "codes", "scale_bytes")]
+            assert (tmp_path / "out").read_bytes() == b"".join(t.numpy().tobytes() for t in ours), (bits, fresh)
 
 
 def test_the_source_is_installed_with_the_package():
