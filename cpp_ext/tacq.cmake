@@ -23,3 +23,18 @@ if (NOT MSVC)
 endif()
 # upstream's sources are merged into a few units; ours must not depend on what stands before it there
 set_source_files_properties(${TACQ_DIR}/tacq-load.cpp TARGET_DIRECTORY llama PROPERTIES SKIP_UNITY_BUILD_INCLUSION ON)
+
+# DT_RPATH in place of DT_RUNPATH: programs and libraries then load those beside them, whatever LD_LIBRARY_PATH names
+# first. Another libllama.so or libggml.so there cannot read our types. Targets made before this file are named.
+if (UNIX AND NOT APPLE)
+    include(CheckCXXSourceCompiles)
+    set(CMAKE_REQUIRED_LINK_OPTIONS -Wl,--disable-new-dtags)
+    check_cxx_source_compiles("int main() { return 0; }" TACQ_LINKER_KNOWS_RPATH)
+    unset(CMAKE_REQUIRED_LINK_OPTIONS)
+    if (TACQ_LINKER_KNOWS_RPATH)
+        add_link_options(-Wl,--disable-new-dtags)
+        foreach (target ggml-base ggml-cpu ggml llama)
+            target_link_options(${target} PRIVATE -Wl,--disable-new-dtags)
+        endforeach()
+    endif()
+endif()

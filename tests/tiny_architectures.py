@@ -46,8 +46,11 @@ MLA = {"kv_lora_rank": 64, "q_lora_rank": 64, "qk_nope_head_dim": 64, "qk_rope_h
 MLA |= {"num_key_value_heads": 4, "num_hidden_layers": 3}
 DEEPSEEK = MLA | {"n_routed_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": 1, "moe_intermediate_size": 64}
 DEEPSEEK |= {"first_k_dense_replace": 1}
+INDEXER = {"index_topk": 16, "index_head_dim": 32, "index_n_heads": 4}
 GROUPED = {"n_group": 2, "topk_group": 1, "num_experts_per_tok": 2}
 YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 32, "rope_theta": 10000.0}
+MINISTRAL = YARN | {"llama_4_scaling_beta": 0.1, "mscale": 1.0, "mscale_all_dim": 1.0, "beta_fast": 32.0}
+MINISTRAL |= {"beta_slow": 1.0}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3 |= {"original_max_position_embeddings": 64, "rope_theta": 10000.0}
 MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
@@ -101,22 +104,22 @@ ARCHITECTURES: dict[str, Architecture] = dict(
         # Llama and its relatives
         text("LlamaForCausalLM", rope_parameters=LLAMA3, attention_bias=True, mlp_bias=True, head_dim=16),
         text("MistralForCausalLM", head_dim=16, sliding_window=None),
-        text("Ministral3ForCausalLM", head_dim=16, rope_parameters=YARN | {"llama_4_scaling_beta": 0.1}, modern=True),
+        text("Ministral3ForCausalLM", head_dim=16, rope_parameters=MINISTRAL, modern=True),
         text("ArceeForCausalLM", "gpt2", head_dim=16),
         text("SmolLM3ForCausalLM", "gpt2", num_hidden_layers=4),
         text("SeedOssForCausalLM", "gpt2", head_dim=16, attention_out_bias=False),
         text("Ernie4_5ForCausalLM", head_dim=16, use_bias=False),
         text("ApertusForCausalLM", "gpt2", rope_parameters=LLAMA3),
-        text("BitNetForCausalLM"),
+        text("BitNetForCausalLM", tie_word_embeddings=True),
         text("GraniteForCausalLM", "gpt2", **GRANITE),
         text("HunYuanDenseV1ForCausalLM", "gpt2", head_dim=16),
-        text("MiniCPM3ForCausalLM", **MLA, scale_emb=4, scale_depth=1.4, dim_model_base=32),
+        text("MiniCPM3ForCausalLM", **MLA | {"v_head_dim": 16}, scale_emb=4, scale_depth=1.4, dim_model_base=32),
         text("NemotronForCausalLM", head_dim=16),
         text("StableLmForCausalLM", "gpt2", use_qkv_bias=True, hub={"partial_rotary_factor": 0.25}),
         text("Exaone4ForCausalLM", "gpt2", **WINDOW, num_hidden_layers=4),
         text("Jais2ForCausalLM", "gpt2", head_dim=16, num_key_value_heads=4),
         # Qwen
-        text("Qwen2ForCausalLM", "gpt2"),
+        text("Qwen2ForCausalLM"),  # transformers splits words of a byte-level BPE as it knows them of Qwen2
         text("Qwen3ForCausalLM", "gpt2", head_dim=16),
         text("Qwen2MoeForCausalLM", "gpt2", num_experts=8, num_experts_per_tok=2, moe_intermediate_size=64),
         text(
@@ -349,7 +352,7 @@ ARCHITECTURES: dict[str, Architecture] = dict(
         text("DeepseekV3ForCausalLM", "gpt2", **DEEPSEEK | GROUPED, hub={"scoring_func": "sigmoid"}),
         text("Glm4MoeLiteForCausalLM", "gpt2", **DEEPSEEK),
         text("YoutuForCausalLM", "gpt2", **MLA),
-        text("DeepseekV32ForCausalLM", "gpt2", **DEEPSEEK | GROUPED, index_topk=16, index_head_dim=32, index_n_heads=4),
+        text("DeepseekV32ForCausalLM", "gpt2", **DEEPSEEK | GROUPED, **INDEXER),
         text(
             "GlmMoeDsaForCausalLM", "gpt2", **DEEPSEEK, index_topk=16, index_head_dim=32, index_n_heads=4, modern=True
         ),

@@ -198,13 +198,11 @@ def table(rows: list[dict]) -> list[str]:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser("tools/check_architectures", description=__doc__)
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="these architectures alone; part of a name is enough")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these alone; a part of a name is enough")
     parser.add_argument("--from-gguf", action="store_true", help="give the float GGUF as MODEL, not the folder")
-    parser.add_argument(
-        "--target-bpw", type=float, default=4.25, help="bits per weight of the matrices (default: 4.25)"
-    )
+    parser.add_argument("--target-bpw", type=float, default=4.25, help="bits a weight of the matrices (default: 4.25)")
     parser.add_argument("--timeout", type=positive, default=240, help="seconds for one architecture (default: 240)")
-    parser.add_argument("--outfile-json", metavar="FILE", help="write one JSON line an architecture, as they are done")
+    parser.add_argument("--outfile-json", metavar="FILE", help="one JSON line for each, as they are done")
     parser.add_argument("--keep", metavar="FOLDER", help="keep models, files and logs there")
     args = parser.parse_args(argv)
     names = [n for n in ARCHITECTURES if not args.only or any(part.lower() in n.lower() for part in args.only)]

@@ -33,9 +33,13 @@ PROGRAMS = [
     "llama-imatrix",
     "llama-quantize",
     "llama-tokenize",
+    "llama-gguf-split",
     "test-backend-ops",
     "test-quantize-fns",
 ]
+
+# Targets that no program needs: llama-cpp-python's chat handlers for images load it.
+LIBRARIES = ["mtmd"]
 
 CMAKE_OPTIONS = {
     "CMAKE_BUILD_TYPE": "Release",
@@ -75,25 +79,64 @@ def cmake_options(backend: str) -> dict[str, str]:
     return CMAKE_OPTIONS | BACKEND_OPTIONS[backend]
 
 
+# Words of /proc/cpuinfo. On x86 those of instructions that a compiler emits under -march=native, or that ggml and our
+# sources ask for by macro, under the kernel's names (pni is SSE3, abm is LZCNT). Most other words are about the kernel,
+# the hypervisor and its mitigations, and come and go with updates. On ARM there are few words, and nearly all are
+# instructions: there those are left out that are not.
+_DECISIVE_X86 = re.compile(
+    r"(mmx|sse|ssse3|avx|amx_|apx|fma|bmi)\w*|pni|f16c|abm|popcnt|movbe|cmov|cx16|lahf_lm|3dnow|3dnowext|3dnowprefetch|"
+    r"xop|tbm|gfni|aes|vaes|pclmulqdq|vpclmulqdq|sha_ni|sha512|sm3|sm4"
+)
+_INDECISIVE_ARM = {"cpuid", "evtstrm", "ssbs", "dcpop", "dcpodp", "mte", "mte3", "ecv", "rng", "wfxt", "hbc", "gcs"}
+
+
 def machine_identity() -> str:
-    """What GGML_NATIVE=ON makes code for: architecture and CPU features, so a shared cache never gives illegal
-    instructions."""
+    """What GGML_NATIVE=ON makes code for: architecture and the CPU features that decide code, so that a shared cache
+    never gives illegal instructions, and an update of kernel or microcode asks for no new build."""
     try:
         cpuinfo = Path("/proc/cpuinfo").read_text()
     except OSError:
         cpuinfo = ""
-    features = re.search(r"^(?:flags|Features)\s*:\s*(.*)$", cpuinfo, re.MULTILINE)
-    return f"{platform.system()} {platform.machine()} {' '.join(sorted(features[1].split())) if features else ''}"
+    return " ".join([platform.system(), platform.machine(), *cpu_features(cpuinfo)])
+
+
+def cpu_features(cpuinfo: str) -> list[str]:
+    """The features in a /proc/cpuinfo that decide what code a compiler makes, sorted; none where it lists none."""
+    x86 = re.search(r"^flags\s*:(.*)$", cpuinfo, re.MULTILINE)
+    if x86:
+        return sorted(word for word in set(x86[1].split()) if _DECISIVE_X86.fullmatch(word))
+    arm = re.search(r"^Features\s*:(.*)$", cpuinfo, re.MULTILINE)
+    return sorted(set(arm[1].split()) - _INDECISIVE_ARM) if arm else []
+
+
+def build_parts(backend: str) -> dict[str, dict[str, str]]:
+    """Everything that decides what a build contains, {kind: {name: value}}, in words that `difference` can compare."""
+    call_sites = hashlib.sha256(repr(load_patcher()[1]).encode()).hexdigest()
+    return {
+        "llama.cpp": dict(zip(("package", "version", "sha256"), pin(), strict=True)) | {"call sites": call_sites},
+        "option": cmake_options(backend),
+        "program": {name: "built" for name in [*PROGRAMS, *LIBRARIES]},
+        "source": {inside: hashlib.sha256(content).hexdigest() for inside, content in own_sources().items()},
+        "CPU feature": {word: "used" for word in machine_identity().split()},
+    }
 
 
 def runtime_key(backend: str) -> str:
-    """Hash of everything that decides what a build contains: pin, call sites, our sources, options, programs, CPU."""
-    digest = hashlib.sha256()
-    parts = [pin(), load_patcher()[1], sorted(cmake_options(backend).items()), PROGRAMS, machine_identity()]
-    digest.update(repr(parts).encode())
-    for inside, content in own_sources().items():
-        digest.update(f"\n{inside} {len(content)}\n".encode() + content)
-    return digest.hexdigest()[:16]
+    """Hash of everything that decides what a build contains."""
+    return hashlib.sha256(json.dumps(build_parts(backend), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def difference(earlier: dict, now: dict) -> str:
+    """What is not as it was in an earlier build, in words; at most three things of each kind are named."""
+    changed = []
+    for kind, parts in now.items():
+        before = earlier.get(kind, {})
+        names = [name for name in {**before, **parts} if before.get(name) != parts.get(name)]
+        words = [name if name in before and name in parts else f"{'no ' * (name in before)}{name}" for name in names]
+        if words:
+            more = f" and {len(words) - 3} more" if len(words) > 3 else ""
+            changed.append(f"{kind}{'s' * (len(words) > 1)}: {', '.join(words[:3])}{more}")
+    return "; ".join(changed)
 
 
 def runtime_dir(backend: str) -> Path:
@@ -107,14 +150,29 @@ def is_complete(folder: Path) -> bool:
 
 
 def runtime_path(backend: str = "cpu") -> Path:
-    """Folder of the finished build; TacqError that says how to make it if there is none."""
+    """Folder of the finished build; TacqError that says how to make it, and what has changed since the last build, if
+    there is none."""
     folder = runtime_dir(backend)
     if not is_complete(folder):
         raise TacqError(
-            f"llama.cpp with the TACQ types is not built yet for this version; run "
+            f"llama.cpp with the TACQ types is not built yet for this version{_changed(backend)}; run "
             f"'tacq-export runtime build --backend {backend}' (once, about 10 minutes on 2 cores)."
         )
     return folder
+
+
+def _changed(backend: str) -> str:
+    """What the latest other build of `backend` in the cache lacks, in brackets; empty if there is none."""
+    markers = sorted(
+        (cache_dir() / "runtime").glob(f"{backend}-*/complete.json"), key=lambda path: path.stat().st_mtime
+    )
+    if not markers:
+        return ""
+    try:
+        parts = json.loads(markers[-1].read_text())["parts"]
+    except (ValueError, KeyError, TypeError):
+        return " (there is a build of an older version)"
+    return f" (changed since {markers[-1].parent.name} was built: {difference(parts, build_parts(backend))})"
 
 
 def tool(name: str, backend: str = "cpu") -> Path:
@@ -153,7 +211,7 @@ def run_with_progress(command: list[str], log: Path, progress: Progress) -> int:
         ) as process,
     ):
         try:
-            for line in process.stdout:
+            for line in process.stdout or ():
                 out.write(line)
                 match = re.match(r"\[ *(\d+)(?:/(\d+)|%)\] *(.*)", line)
                 if match:
@@ -196,8 +254,8 @@ def configure(tree: Path, build: Path, backend: str, log: Path) -> None:
     raise failure("Configuring", log)
 
 
-def collect(build: Path, folder: Path) -> None:
-    """Copy programs and libraries from the build folder to `folder`, the marker last."""
+def collect(build: Path, folder: Path, parts: dict) -> None:
+    """Copy programs and libraries from the build folder to `folder`, the marker last: what it was built of."""
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     shutil.rmtree(folder, ignore_errors=True)
@@ -205,10 +263,12 @@ def collect(build: Path, folder: Path) -> None:
     for path in sorted((build / "bin").iterdir()):
         if path.name in PROGRAMS or re.match(r"lib[\w-]+\.(so|dylib)|lib[\w-]+[\d.]+\.dylib", path.name):
             shutil.copy2(path, partial / path.name, follow_symlinks=False)
-    missing = [name for name in [*PROGRAMS, "libllama.so"] if not (partial / name).exists()]
+    libraries = [f"lib{name}.so" for name in ("llama", *LIBRARIES)]
+    missing = [name for name in [*PROGRAMS, *libraries] if not (partial / name).exists()]
     if missing and platform.system() == "Linux":
         raise TacqError(f"The build made no {missing[0]}; delete {build} and run again.")
-    (partial / "complete.json").write_text(json.dumps({"pin": pin(), "programs": PROGRAMS}) + "\n")
+    marker = {"pin": pin(), "programs": PROGRAMS, "parts": parts}
+    (partial / "complete.json").write_text(json.dumps(marker, indent=1) + "\n")
     partial.rename(folder)
 
 
@@ -229,7 +289,7 @@ def runtime_build(
             return folder
         need_space(cache_dir(), 2.0)
         tree = source_tree(say)
-        folder = runtime_dir(backend)  # of the sources just copied: someone may be editing them
+        folder, parts = runtime_dir(backend), build_parts(backend)  # of the sources just copied: they may be edited
         build = work_dir() / f"build-{backend}"
         log = work_dir() / f"build-{backend}.log"
         say("Configuring llama.cpp ...")
@@ -244,9 +304,10 @@ def runtime_build(
             str(jobs),
             "--target",
             *PROGRAMS,
+            *LIBRARIES,
         ]
         if run_with_progress(command, log, progress or (lambda done, total, what: None)):
             raise failure("Building", log)
-        collect(build, folder)
+        collect(build, folder, parts)
     say(f"Built: {folder}")
     return folder

@@ -340,7 +340,7 @@ def test_a_compiler_that_does_not_take_the_flags_of_this_machine_compiles_withou
     """As gcc does on aarch64: an unknown option is an error. The result is the same, to the bit."""
     script = tmp_path / "cc"
     script.write_text(
-        '#!/bin/sh\ncase "$*" in *-mprefer-vector-width*|*-march=*) echo "error: unrecognized option" >&2; exit 1;; esac\n'
+        '#!/bin/sh\ncase "$*" in *-mprefer-vector-width*|*-march=*) echo "error: unknown" >&2; exit 1;; esac\n'
         'exec cc "$@"\n'
     )
     script.chmod(0o755)
