@@ -115,9 +115,9 @@ def build_parts(backend: str) -> dict[str, dict[str, str]]:
     return {
         "llama.cpp": dict(zip(("package", "version", "sha256"), pin(), strict=True)) | {"call sites": call_sites},
         "option": cmake_options(backend),
-        "program": {name: "built" for name in [*PROGRAMS, *LIBRARIES]},
+        "program": dict.fromkeys([*PROGRAMS, *LIBRARIES], "built"),
         "source": {inside: hashlib.sha256(content).hexdigest() for inside, content in own_sources().items()},
-        "CPU feature": {word: "used" for word in machine_identity().split()},
+        "CPU feature": dict.fromkeys(machine_identity().split(), "used"),
     }
 
 

@@ -5,7 +5,11 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import platform
+import re
+import shlex
 import shutil
+import subprocess
 import sys
 import tarfile
 import threading
@@ -18,9 +22,13 @@ from tacq_export.files import locked, need_space
 from tacq_export.runtime import build as runtime
 from tacq_export.runtime import source as runtime_source
 from tacq_export.runtime.build import (
+    LIBRARIES,
     PROGRAMS,
+    build_parts,
     cmake_options,
     collect,
+    cpu_features,
+    difference,
     failure,
     run_with_progress,
     runtime_build,
@@ -74,6 +82,127 @@ def test_a_finished_build_is_found_and_an_unfinished_one_is_not(cache):
     assert runtime_build("cpu", say=lambda _: pytest.fail("built again")) == folder
     with pytest.raises(TacqError, match="The build has no program 'llama-frobnicate'; it has: llama-cli, "):
         tool("llama-frobnicate")
+
+
+def test_what_changed_since_the_last_build_is_named(cache, monkeypatch):
+    """The marker of the newest build of the same backend says what it was made of."""
+    build = cache / "bin"
+    build.mkdir(parents=True)
+    for name in [*PROGRAMS, "libllama.so", *(f"lib{name}.so" for name in LIBRARIES)]:
+        (build / name).write_text(name)
+    collect(cache, runtime_dir("cpu"), build_parts("cpu"))
+    assert runtime_path() == runtime_dir("cpu")
+    sources, identity = own_sources(), runtime.machine_identity()
+    first, second = list(sources)[:2]
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            runtime, "own_sources", lambda: {k: v for k, v in (sources | {first: b"new"}).items() if k != second}
+        )
+        with pytest.raises(TacqError) as error:
+            runtime_path()
+        built = runtime_dir("cpu")  # of the changed sources: the build there is has another name
+        assert str(error.value).startswith(
+            "llama.cpp with the TACQ types is not built yet for this version (changed since cpu-"
+        )
+        assert "was built: sources: " in str(error.value) and first in str(error.value), error.value
+        assert f"no {second}" in str(error.value) and not built.exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(runtime, "machine_identity", lambda: f"{identity} avx9")
+        with pytest.raises(TacqError, match=r"was built: CPU feature: avx9"):
+            runtime_path()
+    with monkeypatch.context() as patch:
+        patch.setattr(runtime, "cmake_options", lambda backend: runtime.CMAKE_OPTIONS | {"GGML_NATIVE": "OFF"})
+        with pytest.raises(TacqError, match=r"was built: option: GGML_NATIVE\); run"):
+            runtime_path()
+    (runtime_dir("cpu") / "complete.json").write_text("{}")
+    with monkeypatch.context() as patch:
+        patch.setattr(runtime, "PROGRAMS", [*PROGRAMS, "llama-gguf"])
+        with pytest.raises(TacqError, match=r"for this version \(there is a build of an older version\); run"):
+            runtime_path()
+
+
+def test_differences_in_words():
+    now = {"option": {"A": "1", "B": "2"}, "source": {f"{i}.c": "x" for i in range(6)}}
+    assert difference(now, now) == ""
+    assert difference(now | {"option": {"A": "1", "B": "3"}}, now) == "option: B"
+    assert difference(now | {"option": {"A": "1"}}, now) == "option: B"
+    assert difference(now | {"option": now["option"] | {"C": "3"}}, now) == "option: no C"
+    assert difference(now | {"source": {}}, now) == "sources: 0.c, 1.c, 2.c and 3 more"
+    assert difference({}, now) == "options: A, B; sources: 0.c, 1.c, 2.c and 3 more"
+
+
+X86 = "processor : 0\nflags\t\t: fpu sse sse2 ht nopl pni ibrs ssse3 fma avx avx2 avx512f amx_tile md_clear abm\n"
+ARM = "processor : 0\nFeatures\t: fp asimd evtstrm aes asimddp sve i8mm cpuid ssbs\n"
+
+
+def test_only_features_that_decide_code_count():
+    assert cpu_features(X86) == ["abm", "amx_tile", "avx", "avx2", "avx512f", "fma", "pni", "sse", "sse2", "ssse3"]
+    assert cpu_features(ARM) == ["aes", "asimd", "asimddp", "fp", "i8mm", "sve"]
+    assert cpu_features("") == []
+    for noise in (
+        "stibp",
+        "retbleed",
+        "nopl",
+        "arat",
+        "ibpb",
+        "flush_l1d",
+        "tsc_adjust",
+        "constant_tsc",
+        "pti",
+        "smap",
+    ):
+        assert cpu_features(X86.replace("md_clear", noise)) == cpu_features(X86)
+
+
+# gcc's names of what /proc/cpuinfo calls otherwise.
+KERNEL_NAME = {"sse3": "pni", "lzcnt": "abm", "pclmul": "pclmulqdq", "sha": "sha_ni", "sahf": "lahf_lm", "bmi": "bmi1"}
+KERNEL_NAME |= {"prfchw": "3dnowprefetch", "3dnow": "3dnow", "avxvnni": "avx_vnni"}
+# Instructions that a compiler never emits unasked, and that neither ggml nor our sources ask for.
+UNASKED = {
+    "adx",
+    "clflushopt",
+    "clwb",
+    "clzero",
+    "fsgsbase",
+    "fxsr",
+    "mwaitx",
+    "pku",
+    "rdpid",
+    "rdrnd",
+    "rdseed",
+    "shstk",
+}
+UNASKED |= {"xsave", "xsavec", "xsaveopt", "xsaves", "cldemote", "enqcmd", "movdir64b", "movdiri", "pconfig", "ptwrite"}
+UNASKED |= {
+    "serialize",
+    "sgx",
+    "tsxldtrk",
+    "uintr",
+    "waitpkg",
+    "wbnoinvd",
+    "hle",
+    "rtm",
+    "hreset",
+    "kl",
+    "widekl",
+    "lwp",
+}
+UNASKED |= {"prefetchi", "raoint", "cmpccxadd", "usermsr"}
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64" or not shutil.which("gcc"), reason="asks gcc on an x86 processor")
+def test_every_instruction_set_that_the_compiler_uses_here_counts():
+    """gcc says what -march=native turns on; each must be among the features of the key."""
+    asked = subprocess.run(
+        ["gcc", "-march=native", "-###", "-E", "-x", "c", "-"], input="", capture_output=True, text=True
+    )
+    flags = shlex.split(next(line for line in asked.stderr.splitlines() if "cc1" in line))
+    used = {flag[2:] for flag in flags if re.match("-m(?!no-|arch|tune)", flag)}
+    ours = {word.replace("_", "") for word in cpu_features(Path("/proc/cpuinfo").read_text())}
+    assert {"sse2", "avx2"} & used
+    for flag in used - UNASKED:
+        name = KERNEL_NAME.get(flag, flag).replace(".", "").replace("_", "")
+        assert name in ours, flag
 
 
 def test_the_key_stays_and_changes_with_everything_that_decides_a_build(monkeypatch):
@@ -275,15 +404,18 @@ def test_a_failed_build_says_its_first_error_and_where_the_log_is(tmp_path, log,
 def test_collect_copies_programs_and_libraries_and_marks_the_end(tmp_path):
     build = tmp_path / "build"
     (build / "bin").mkdir(parents=True)
-    for name in [*PROGRAMS, "libllama.so", "libggml-base.so", "notes.txt", "test-other"]:
+    for name in [*PROGRAMS, "libllama.so", "libmtmd.so", "libggml-base.so", "notes.txt", "test-other"]:
         (build / "bin" / name).write_text(name)
-    collect(build, tmp_path / "runtime" / "cpu-x")
+    collect(build, tmp_path / "runtime" / "cpu-x", {"option": {"A": "1"}})
     found = {p.name for p in (tmp_path / "runtime" / "cpu-x").iterdir()}
-    assert found == {*PROGRAMS, "libllama.so", "libggml-base.so", "complete.json"}
-    assert json.loads((tmp_path / "runtime" / "cpu-x" / "complete.json").read_text())["programs"] == PROGRAMS
-    (build / "bin" / "llama-bench").unlink()
-    with pytest.raises(TacqError, match="The build made no llama-bench; delete .*build and run again."):
-        collect(build, tmp_path / "runtime" / "cpu-y")
+    assert found == {*PROGRAMS, "libllama.so", "libmtmd.so", "libggml-base.so", "complete.json"}
+    marker = json.loads((tmp_path / "runtime" / "cpu-x" / "complete.json").read_text())
+    assert marker["programs"] == PROGRAMS and marker["parts"] == {"option": {"A": "1"}}
+    for name in ("llama-bench", "libmtmd.so"):
+        (build / "bin" / name).unlink()
+        with pytest.raises(TacqError, match=f"The build made no {name}; delete .*build and run again."):
+            collect(build, tmp_path / "runtime" / "cpu-y", {})
+        (build / "bin" / name).write_text(name)
     assert not (tmp_path / "runtime" / "cpu-y").exists()
 
 
