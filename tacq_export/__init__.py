@@ -12,6 +12,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from .errors import check_system
+
 if TYPE_CHECKING:
     from .config import ExportConfig
     from .errors import TacqError
@@ -33,4 +35,6 @@ def __getattr__(name: str):
     # Imported on first use: `tacq-export --help` and `run` need neither torch nor transformers.
     if name not in _HOME:
         raise AttributeError(f"module 'tacq_export' has no attribute '{name}'")
+    if name != "TacqError":
+        check_system()
     return getattr(import_module(_HOME[name], __name__), name)

@@ -21,7 +21,7 @@ from .cli_options import (
 )
 from .config import ExportConfig
 from .console import ConsoleReporter, guarded, wait_passively
-from .errors import TacqError
+from .errors import TacqError, check_system
 from .reporting import Reporter
 
 
@@ -250,7 +250,12 @@ def main(argv: list[str] | None = None) -> int:
     prog = f"tacq-export {command}" if named else "tacq-export"
     if command != "run":  # llama.cpp's own programs keep their setting
         wait_passively()
+
+    def run() -> None:
+        check_system()
+        RUN[command](argv[1:] if named else argv, prog)
+
     return guarded(
-        lambda: RUN[command](argv[1:] if named else argv, prog),
+        run,
         "interrupted; the same command with --resume goes on with an export",
     )

@@ -40,19 +40,22 @@ def llama_cpp(backend: str = "cpu") -> ModuleType:
     loaded = sys.modules.get("llama_cpp.llama_cpp")
     if loaded is None:
         # Read once, at import; put back so that a program started from here is not bound to our libraries unasked.
-        before = os.environ.get("LLAMA_CPP_LIB_PATH")
-        os.environ["LLAMA_CPP_LIB_PATH"] = str(libraries)
+        # llama-cpp-python's chat handlers for images import mtmd_cpp, later and from a variable of its own.
+        before = {name: os.environ.get(name) for name in ("LLAMA_CPP_LIB_PATH", "MTMD_CPP_LIB")}
+        os.environ.update(dict.fromkeys(before, str(libraries)))
         try:
             importlib.import_module("llama_cpp")
+            importlib.import_module("llama_cpp.mtmd_cpp")
         except (OSError, RuntimeError) as error:
             raise TacqError(
                 f"The libraries in {libraries} do not load ({error}); delete that folder and build again."
             ) from error
         finally:
-            if before is None:
-                del os.environ["LLAMA_CPP_LIB_PATH"]
-            else:
-                os.environ["LLAMA_CPP_LIB_PATH"] = before
+            for name, value in before.items():
+                if value is None:
+                    del os.environ[name]
+                else:
+                    os.environ[name] = value
         loaded = sys.modules["llama_cpp.llama_cpp"]
     bound = Path(loaded._lib._name).resolve().parent
     if bound != libraries.resolve():
