@@ -32,7 +32,8 @@ wait_passively()
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from tiny_architectures import ARCHITECTURES, write_architecture  # noqa: E402
+from architecture_table import ARCHITECTURES  # noqa: E402
+from tiny_architectures import write_architecture  # noqa: E402
 from tiny_hf import SENTENCES  # noqa: E402
 
 from tacq_export.config import ExportConfig  # noqa: E402
@@ -56,13 +57,13 @@ TEXTS = [". ".join(SENTENCES[:3]), ". ".join(SENTENCES[3:]), SENTENCES[0]]
 
 
 def float_reference(folder: Path, work: Path) -> Path:
-    """The float GGUF of a Hugging Face folder: the one that an export left in its work folder, or a new one."""
+    """The float GGUF of the tiny model in `folder`: the one that an export left in its work folder, or a new one."""
     path = work / "reference-f16.gguf"
     if not path.is_file():
-        path = work.with_name("float") / "reference-f16.gguf"
+        path = folder / "float" / "reference-f16.gguf"
         if not path.is_file():
             path.parent.mkdir(exist_ok=True)
-            make_reference(str(folder), path, Reporter())
+            make_reference(str(folder / "model"), path, Reporter())
     return path
 
 
@@ -86,34 +87,44 @@ def torch_against_llama(model, reference: Path, texts: list[list[int]]) -> tuple
     return float(kl.mean()), float(kl.max())
 
 
-def check(name: str, folder: Path, from_gguf: bool, target_bpw: float) -> dict:
+def check(name: str, folder: Path, args: argparse.Namespace) -> dict:
     """Everything about one architecture, as plain facts. Runs in a process of its own."""
     facts: dict = {"name": name}
     model = write_architecture(folder / "model", name)
     facts["weights"] = sum(p.numel() for p in model.parameters())
     task, outfile, work = folder / "task.jsonl", folder / "out.gguf", folder / "work"
+    if args.float_only:
+        facts["outcome"] = "converted"
+        return facts | measure(model, folder, work)
     task.write_text("".join(json.dumps(row) + "\n" for row in TASK_ROWS))
     source = folder / "model"
     try:
-        if from_gguf:
-            source = float_reference(folder / "model", work)
+        if args.from_gguf:
+            source = float_reference(folder, work)
         began = time.monotonic()
-        result = export(ExportConfig(str(source), task, outfile, target_bpw=target_bpw, workdir=work, threads=1))
+        result = export(ExportConfig(str(source), task, outfile, target_bpw=args.target_bpw, workdir=work, threads=1))
         facts |= {"outcome": "exported", "seconds": time.monotonic() - began, "bpw_file": result.bpw_file}
     except TacqError as error:
         facts |= {"outcome": "refused", "sentence": str(error)}
         if outfile.exists():
             facts |= {"outcome": "wrong", "sentence": f"refused, and the output was left behind: {error}"}
-    try:
-        reference = float_reference(folder / "model", work)
-        texts = token_texts(reference)
-        facts["torch_kl"], facts["torch_kl_max"] = torch_against_llama(model, reference, texts)
-        if facts["outcome"] == "exported":
-            facts["kl"] = compare_models(source if from_gguf else reference, outfile, texts, 1).kl
-    except TacqError as error:
-        facts["measured"] = str(error)
+    facts |= measure(model, folder, work, source if args.from_gguf else None, outfile)
     if facts["outcome"] == "exported":
         facts |= wrong_file(facts)
+    return facts
+
+
+def measure(model, folder: Path, work: Path, reference: Path | None = None, outfile: Path | None = None) -> dict:
+    """torch against llama.cpp on the float file, and the exported file, if there is one, against its reference."""
+    facts: dict = {}
+    try:
+        converted = float_reference(folder, work)
+        texts = token_texts(converted)
+        facts["torch_kl"], facts["torch_kl_max"] = torch_against_llama(model, converted, texts)
+        if outfile is not None and outfile.exists():
+            facts["kl"] = compare_models(reference or converted, outfile, texts, 1).kl
+    except TacqError as error:
+        facts["measured"] = str(error)
     return facts
 
 
@@ -153,9 +164,7 @@ def in_own_process(name: str, folder: Path, args: argparse.Namespace) -> dict:
     folder.mkdir(parents=True)
     answer, log = folder / "facts.json", folder / "log.txt"
     began = time.monotonic()
-    child = multiprocessing.get_context("fork").Process(
-        target=run_child, args=(answer, log, (name, folder, args.from_gguf, args.target_bpw))
-    )
+    child = multiprocessing.get_context("fork").Process(target=run_child, args=(answer, log, (name, folder, args)))
     child.start()
     child.join(args.timeout)
     if child.is_alive():
@@ -200,6 +209,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser("tools/check_architectures", description=__doc__)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these alone; a part of a name is enough")
     parser.add_argument("--from-gguf", action="store_true", help="give the float GGUF as MODEL, not the folder")
+    parser.add_argument("--float-only", action="store_true", help="convert and compare torch with llama.cpp; no export")
     parser.add_argument("--target-bpw", type=float, default=4.25, help="bits a weight of the matrices (default: 4.25)")
     parser.add_argument("--timeout", type=positive, default=240, help="seconds for one architecture (default: 240)")
     parser.add_argument("--outfile-json", metavar="FILE", help="one JSON line for each, as they are done")
@@ -223,7 +233,7 @@ def main(args: argparse.Namespace) -> None:
                 with open(args.outfile_json, "a" if len(rows) > 1 else "w") as f:
                     f.write(json.dumps(row) + "\n")
     print("\n".join(table(rows)))
-    failed = [row["name"] for row in rows if row["outcome"] not in ("exported", "refused")]
+    failed = [row["name"] for row in rows if row["outcome"] not in ("exported", "refused", "converted")]
     if failed:
         raise TacqError(f"{len(failed)} went as they should not: {', '.join(failed)}; read their lines above.")
 
