@@ -161,6 +161,7 @@ def run_compare(argv: list[str], prog: str) -> None:
     from .evaluation.compare_rows import json_line, table, write_json
     from .evaluation.compare_stock import CompareConfig, Scoring, compare_stock
     from .evaluation.plot_compare import check_picture, plot_compare
+    from .files import claimed
 
     for outfile in filter(None, (args.outfile_json, args.png)):
         if not Path(outfile).parent.is_dir():
@@ -187,7 +188,8 @@ def run_compare(argv: list[str], prog: str) -> None:
         args.embedding_type,
         args.threads,
     )
-    rows = compare_stock(config, ConsoleReporter())
+    with claimed(config.workdir, f"compares files of {args.model}"):
+        rows = compare_stock(config, ConsoleReporter())
     if args.outfile_json:
         write_json(rows, Path(args.outfile_json))
     if args.png:

@@ -8,8 +8,10 @@ import glob
 import hashlib
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TextIO
 
 from safetensors import SafetensorError
 
@@ -36,6 +38,61 @@ def locked(path: Path, say: Callable[[str], None]) -> Iterator[None]:
             say(f"Waiting for another tacq-export that works in {path.parent} ...")
             fcntl.flock(f, fcntl.LOCK_EX)
         yield
+
+
+@contextlib.contextmanager
+def claimed(folder: Path, what: str) -> Iterator[None]:
+    """Keep a work folder for this process for as long as the `with` lasts. what: said to others, such as "writes
+    OUT.gguf". The lock is a file beside the folder, which is removed at the end; one that a killed process left is
+    taken over.
+
+    Raises TacqError that says who works there if another process, or another thread of this one, has claimed it.
+    """
+    folder = Path(os.path.realpath(folder))
+    lock = folder.with_name(f".{folder.name}.lock")
+    made = [parent for parent in lock.parents if not parent.exists()]
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        file = _claim(lock, folder)
+    except OSError as error:
+        raise TacqError(
+            f"The work folder {folder} cannot be made ({error.strerror}); give another with --workdir."
+        ) from None
+    with file:
+        file.truncate(0)
+        file.write(f"process {os.getpid()}, which {what}")
+        file.flush()
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)  # while it is still locked: who opened it before looks again
+            for parent in made:
+                with contextlib.suppress(OSError):  # there is something in it
+                    parent.rmdir()
+
+
+def _claim(lock: Path, folder: Path) -> TextIO:
+    """The open and locked file. Raises TacqError if another process has it, OSError if it cannot be opened."""
+    while True:
+        file = open(lock, "a+")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if lock.exists() and os.path.samestat(os.fstat(file.fileno()), lock.stat()):
+                return file
+        except FileNotFoundError:  # removed after it was opened, by the process that had it
+            pass
+        except BlockingIOError:
+            for _ in range(20):  # it may not have written its name yet
+                file.seek(0)
+                if other := file.read():
+                    break
+                time.sleep(0.05)
+            file.close()
+            raise TacqError(
+                f"The work folder {folder} is in use by {other or 'another tacq-export'}; wait until that has ended, "
+                "or give another --workdir."
+            ) from None
+        file.close()
 
 
 def need_space(

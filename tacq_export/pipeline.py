@@ -16,7 +16,7 @@ from .calibration.calibrate import Calibration, calibrate, disk_bytes
 from .calibration.score_weights import NEEDS_REFERENCE
 from .config import ExportConfig, parse_size
 from .errors import TacqError
-from .files import need_space
+from .files import claimed, need_space
 from .format.gguf_file import numpy_shape, open_gguf, raw_bytes, type_named
 from .format.pack_tensor import unpack_tensor
 from .format.tensor_types import FORMAT_VERSION, TYPES_BY_ID, TYPES_BY_NAME, TensorType
@@ -63,9 +63,15 @@ def export(config: ExportConfig, reporter: Reporter | None = None) -> ExportResu
     Raises TacqError, in one sentence, for whatever cannot be done; then there is no output, and the work folder lets
     `resume` go on.
     """
-    reporter = reporter or Reporter()
-    started = time.monotonic()
     config.validate()
+    assert config.workdir is not None  # ExportConfig names one where the user does not
+    with claimed(config.workdir, f"writes {config.outfile}"):
+        return _export(config, reporter or Reporter())
+
+
+def _export(config: ExportConfig, reporter: Reporter) -> ExportResult | None:
+    """The steps, when no other export works in the same folder."""
+    started = time.monotonic()
     task = load_task(config.task)
     if config.threads:
         torch.set_num_threads(config.threads)
