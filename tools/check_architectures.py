@@ -215,7 +215,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--outfile-json", metavar="FILE", help="one JSON line for each, as they are done")
     parser.add_argument("--keep", metavar="FOLDER", help="keep models, files and logs there")
     args = parser.parse_args(argv)
-    names = [n for n in ARCHITECTURES if not args.only or any(part.lower() in n.lower() for part in args.only)]
+    # A whole name is that one alone, though it may be a part of others.
+    matches = {part: [n for n in ARCHITECTURES if part.lower() in n.lower()] for part in args.only or [""]}
+    matches |= {part: [part] for part in matches if part in ARCHITECTURES}
+    names = [name for name in ARCHITECTURES if name in sum(matches.values(), [])]
     if not names:
         parser.error(f"no architecture has {' or '.join(args.only)} in its name; there are: {', '.join(ARCHITECTURES)}")
     args.names = names
