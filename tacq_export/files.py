@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import glob
 import hashlib
 import os
@@ -30,6 +29,8 @@ def file_sha256(path: Path) -> str:
 @contextlib.contextmanager
 def locked(path: Path, say: Callable[[str], None]) -> Iterator[None]:
     """Hold an exclusive lock on `path`; the system drops it when the process ends, however it ends."""
+    import fcntl  # Unix' alone: where it is missing, this module can be imported and check_system has the word
+
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a+") as f:
         try:
@@ -73,6 +74,8 @@ def claimed(folder: Path, what: str) -> Iterator[None]:
 
 def _claim(lock: Path, folder: Path) -> TextIO:
     """The open and locked file. Raises TacqError if another process has it, OSError if it cannot be opened."""
+    import fcntl
+
     while True:
         file = open(lock, "a+")
         try:

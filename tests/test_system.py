@@ -26,3 +26,9 @@ def test_the_command_line_says_so_in_one_sentence(arguments):
 def test_python_raises_our_error(name):
     done = python(f"import tacq_export\ntry: tacq_export.{name}\nexcept tacq_export.TacqError as error: print(error)")
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{SENTENCE}\n", "")
+
+
+def test_what_the_package_imports_first_needs_nothing_of_unix():
+    """Such as what puts the pinned gguf-py in front of sys.path."""
+    done = python("import tacq_export, tacq_export.files, tacq_export.runtime.source; print('imported')")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "imported\n", "")
