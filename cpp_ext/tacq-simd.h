@@ -64,6 +64,7 @@ TACQ_INLINE vfloat vfloat_load(const float * p)        { return _mm512_loadu_ps(
 TACQ_INLINE void   vfloat_store(float * p, vfloat a)   { _mm512_storeu_ps(p, a); }
 TACQ_INLINE vfloat vfloat_set1(float a)                { return _mm512_set1_ps(a); }
 TACQ_INLINE vfloat vfloat_of(vint a)                   { return _mm512_cvtepi32_ps(a); }
+TACQ_INLINE vfloat vfloat_add(vfloat a, vfloat b)      { return _mm512_add_ps(a, b); }
 TACQ_INLINE vfloat vfloat_sub(vfloat a, vfloat b)      { return _mm512_sub_ps(a, b); }
 TACQ_INLINE vfloat vfloat_mul(vfloat a, vfloat b)      { return _mm512_mul_ps(a, b); }
 TACQ_INLINE vfloat vfloat_mad(vfloat a, vfloat b, vfloat c) { return _mm512_fmadd_ps(a, b, c); }
@@ -116,6 +117,7 @@ TACQ_INLINE vfloat vfloat_load(const float * p)        { return vld1q_f32(p); }
 TACQ_INLINE void   vfloat_store(float * p, vfloat a)   { vst1q_f32(p, a); }
 TACQ_INLINE vfloat vfloat_set1(float a)                { return vdupq_n_f32(a); }
 TACQ_INLINE vfloat vfloat_of(vint a)                   { return vcvtq_f32_s32(a); }
+TACQ_INLINE vfloat vfloat_add(vfloat a, vfloat b)      { return vaddq_f32(a, b); }
 TACQ_INLINE vfloat vfloat_sub(vfloat a, vfloat b)      { return vsubq_f32(a, b); }
 TACQ_INLINE vfloat vfloat_mul(vfloat a, vfloat b)      { return vmulq_f32(a, b); }
 TACQ_INLINE vfloat vfloat_mad(vfloat a, vfloat b, vfloat c) { return vfmaq_f32(c, a, b); }
@@ -158,6 +160,7 @@ TACQ_INLINE vfloat vfloat_load(const float * p)        { return _mm256_loadu_ps(
 TACQ_INLINE void   vfloat_store(float * p, vfloat a)   { _mm256_storeu_ps(p, a); }
 TACQ_INLINE vfloat vfloat_set1(float a)                { return _mm256_set1_ps(a); }
 TACQ_INLINE vfloat vfloat_of(vint a)                   { return _mm256_cvtepi32_ps(a); }
+TACQ_INLINE vfloat vfloat_add(vfloat a, vfloat b)      { return _mm256_add_ps(a, b); }
 TACQ_INLINE vfloat vfloat_sub(vfloat a, vfloat b)      { return _mm256_sub_ps(a, b); }
 TACQ_INLINE vfloat vfloat_mul(vfloat a, vfloat b)      { return _mm256_mul_ps(a, b); }
 TACQ_INLINE vfloat vfloat_bits(vint a)                 { return _mm256_castsi256_ps(a); }

@@ -1,5 +1,10 @@
 // The kept weights of a mixed tensor (tacq-kernels.h). About five a row: what costs is not the arithmetic but reading single
 // activations and the short sums.
+//
+// A token's result must have the same bits alone and in any batch, so every path sums a row in one order: product i goes to lane
+// i % SUM_LANES, a lane adds its products from the first to the last, and sum_of_lanes adds the lanes. Products are rounded before
+// they are added (tacq.cmake has -ffp-contract=off for this file). The order is the machine's: SUM_LANES is its vector's width, and
+// 1 where rows are summed by the generic code.
 
 #include "tacq-block.h"
 
@@ -60,7 +65,8 @@ static inline __m256 gather_8(const float * x, const uint16_t * c) {
 
 #if defined(TACQ_AVX512)
 
-#define SUM_ROWS 16
+#define SUM_ROWS  16
+#define SUM_LANES 16
 
 // products of entries [begin, end) with their activations
 static inline void multiply_entries(const tacq_sparse * s, uint32_t begin, uint32_t end, const float * x, float * products) {
@@ -126,7 +132,8 @@ static inline void add_rows(const uint8_t * row_ptr, uint32_t first, const float
 
 #else
 
-#define SUM_ROWS 4
+#define SUM_ROWS  4
+#define SUM_LANES 8
 
 static inline void multiply_entries(const tacq_sparse * s, uint32_t begin, uint32_t end, const float * x, float * products) {
     uint32_t i = begin;
@@ -170,30 +177,32 @@ static inline void add_rows(const uint8_t * row_ptr, uint32_t first, const float
 
 #endif
 
-static inline float add_one_row(const float * p, uint32_t n) {
-    vfloat   sums = vfloat_set1(0.0f);
-    uint32_t i    = 0;
-    for (; i + TACQ_LANES <= n; i += TACQ_LANES) {
-        sums = vfloat_mad(vfloat_load(p + i), vfloat_set1(1.0f), sums);
+static_assert(N_PRODUCTS % SUM_LANES == 0, "a piece of a long row begins with lane 0");
+
+// as add_rows does
+static inline float sum_of_lanes(const float * p) {
+#if SUM_LANES == 16
+    float q[4];
+    for (int i = 0; i < 4; i++) {
+        q[i] = (p[4*i] + p[4*i + 2]) + (p[4*i + 1] + p[4*i + 3]);
     }
-    float lanes[TACQ_LANES], sum = 0.0f;
-    vfloat_store(lanes, sums);
-    for (; i < n; i++) {
-        sum += p[i];
-    }
-    for (int l = 0; l < TACQ_LANES; l++) {
-        sum += lanes[l];
-    }
-    return sum;
+    return (q[0] + q[2]) + (q[1] + q[3]);
+#else
+    return ((p[0] + p[1]) + (p[2] + p[3])) + ((p[4] + p[5]) + (p[6] + p[7]));
+#endif
 }
 
 // One row, in as many pieces as it takes.
 static void multiply_row(const tacq_sparse * s, uint32_t begin, uint32_t end, const float * x, float * products, float * y) {
+    float lanes[SUM_LANES] = { 0.0f };
     for (; begin < end; begin += N_PRODUCTS) {
         const uint32_t n = end - begin < N_PRODUCTS ? end - begin : N_PRODUCTS;
         multiply_entries(s, begin, begin + n, x, products);
-        *y += add_one_row(products, n);
+        for (uint32_t i = 0; i < n; i++) {
+            lanes[i % SUM_LANES] += products[i];
+        }
     }
+    *y += sum_of_lanes(lanes);
 }
 
 void tacq_sparse_gemv(const tacq_sparse * s, int64_t first_row, int64_t n_rows, const float * x, float * y) {
@@ -222,10 +231,80 @@ void tacq_sparse_gemv(const tacq_sparse * s, int64_t first_row, int64_t n_rows, 
     }
 }
 
-// Rows of a tile for one stripe of tokens: every entry adds its column of activations to the sums of its row, which are then turned
-// round 8 by 8, because results of neighbouring rows lie together.
+enum { N_VECTORS = TACQ_STRIPE/TACQ_LANES }; // of the tokens of a stripe
+
+// The lane of entry i for all tokens of a stripe: the products of entries i, i + SUM_LANES, ... of a row that ends at `end`.
+TACQ_INLINE void lane_of(const tacq_sparse * s, uint32_t i, uint32_t end, const float * xt, vfloat sum[N_VECTORS]) {
+    const vfloat  value  = vfloat_set1(GGML_CPU_COMPUTE_FP16_TO_FP32(s->values[i]));
+    const float * column = xt + (int64_t) s->columns[i]*TACQ_STRIPE;
+    for (int v = 0; v < N_VECTORS; v++) {
+        sum[v] = vfloat_mul(value, vfloat_load(column + v*TACQ_LANES));
+    }
+    for (i += SUM_LANES; i < end; i += SUM_LANES) {
+        const vfloat  next_value  = vfloat_set1(GGML_CPU_COMPUTE_FP16_TO_FP32(s->values[i]));
+        const float * next_column = xt + (int64_t) s->columns[i]*TACQ_STRIPE;
+        for (int v = 0; v < N_VECTORS; v++) {
+            sum[v] = vfloat_add(sum[v], vfloat_mul(next_value, vfloat_load(next_column + v*TACQ_LANES)));
+        }
+    }
+}
+
+static inline void add_lanes(vfloat a[N_VECTORS], const vfloat b[N_VECTORS]) {
+    for (int v = 0; v < N_VECTORS; v++) {
+        a[v] = vfloat_add(a[v], b[v]);
+    }
+}
+
+// Four lanes that begin with that of entry i, in the order of sum_of_lanes; lanes without an entry are zero there and left out here.
+TACQ_INLINE void four_lanes(const tacq_sparse * s, uint32_t i, uint32_t end, const float * xt, vfloat sum[N_VECTORS]) {
+    const uint32_t n      = end - i < 4 ? end - i : 4;
+    const uint32_t second = SUM_LANES == 16 ? 2 : 1; // what is added to the first
+    vfloat other[N_VECTORS], last[N_VECTORS];
+    lane_of(s, i, end, xt, sum);
+    if (second < n) {
+        lane_of(s, i + second, end, xt, other);
+        add_lanes(sum, other);
+    }
+    if (3 - second < n) {
+        lane_of(s, i + 3 - second, end, xt, other);
+        if (3 < n) {
+            lane_of(s, i + 3, end, xt, last);
+            add_lanes(other, last);
+        }
+        add_lanes(sum, other);
+    }
+}
+
+// One row, its entries [begin, end) of which there is at least one, for all tokens of a stripe.
+static inline void sum_row(const tacq_sparse * s, uint32_t begin, uint32_t end, const float * xt, vfloat sum[N_VECTORS]) {
+    four_lanes(s, begin, end, xt, sum);
+#if SUM_LANES == 16
+    // (q0 + q2) + (q1 + q3)
+    vfloat q[2][N_VECTORS];
+    if (begin + 8 < end) {
+        four_lanes(s, begin + 8, end, xt, q[0]);
+        add_lanes(sum, q[0]);
+    }
+    if (begin + 4 < end) {
+        four_lanes(s, begin + 4, end, xt, q[0]);
+        if (begin + 12 < end) {
+            four_lanes(s, begin + 12, end, xt, q[1]);
+            add_lanes(q[0], q[1]);
+        }
+        add_lanes(sum, q[0]);
+    }
+#else
+    if (begin + 4 < end) {
+        vfloat q[N_VECTORS];
+        four_lanes(s, begin + 4, end, xt, q);
+        add_lanes(sum, q);
+    }
+#endif
+}
+
+// Rows of a tile for one stripe of tokens: sums of 8 rows, which are then turned round 8 by 8, because results of neighbouring rows lie
+// together.
 void tacq_sparse_gemm(const tacq_sparse * s, int64_t first_row, int64_t n_rows, int64_t n_tokens, const float * xt, float * const * y) {
-    enum { N = TACQ_STRIPE/TACQ_LANES }; // vectors of tokens
     float sums[8][TACQ_STRIPE];
     for (int64_t row = 0; row < n_rows; row += 8) {
         const int n_now = n_rows - row < 8 ? (int) (n_rows - row) : 8;
@@ -233,19 +312,15 @@ void tacq_sparse_gemm(const tacq_sparse * s, int64_t first_row, int64_t n_rows, 
             continue;
         }
         for (int r = 0; r < n_now; r++) {
-            const uint32_t end = tacq_row_begin(s, first_row + row + r + 1);
-            vfloat sum[N];
-            for (int v = 0; v < N; v++) {
-                sum[v] = vfloat_set1(0.0f);
+            const uint32_t begin = tacq_row_begin(s, first_row + row + r);
+            const uint32_t end   = tacq_row_begin(s, first_row + row + r + 1);
+            if (begin == end) {
+                memset(sums[r], 0, sizeof(sums[r]));
+                continue;
             }
-            for (uint32_t i = tacq_row_begin(s, first_row + row + r); i < end; i++) {
-                const vfloat  value  = vfloat_set1(GGML_CPU_COMPUTE_FP16_TO_FP32(s->values[i]));
-                const float * column = xt + (int64_t) s->columns[i]*TACQ_STRIPE;
-                for (int v = 0; v < N; v++) {
-                    sum[v] = vfloat_mad(value, vfloat_load(column + v*TACQ_LANES), sum[v]);
-                }
-            }
-            for (int v = 0; v < N; v++) {
+            vfloat sum[N_VECTORS];
+            sum_row(s, begin, end, xt, sum);
+            for (int v = 0; v < N_VECTORS; v++) {
                 vfloat_store(sums[r] + v*TACQ_LANES, sum[v]);
             }
         }

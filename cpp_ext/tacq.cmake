@@ -20,6 +20,9 @@ target_include_directories(ggml-cpu  PRIVATE ${PROJECT_SOURCE_DIR}/ggml/src/ggml
 if (NOT MSVC)
     set_source_files_properties(${TACQ_DIR}/tacq-quants.c TARGET_DIRECTORY ggml-base
         PROPERTIES COMPILE_OPTIONS -ffp-contract=off)
+    # A token's result must have the same bits alone and in a batch: vectors and scalars round alike.
+    set_source_files_properties(${TACQ_DIR}/tacq-sparse.c TARGET_DIRECTORY ggml-cpu
+        PROPERTIES COMPILE_OPTIONS -ffp-contract=off)
 endif()
 # upstream's sources are merged into a few units; ours must not depend on what stands before it there
 set_source_files_properties(${TACQ_DIR}/tacq-load.cpp TARGET_DIRECTORY llama PROPERTIES SKIP_UNITY_BUILD_INCLUSION ON)

@@ -46,6 +46,7 @@ def compiled(folder: Path, runtime: Path, flags: list[str]) -> Path:
         "-Wextra",
         "-Werror",
         "-Wno-unused-function",
+        "-ffp-contract=off",  # as tacq.cmake has it for tacq-sparse.c
         "-DGGML_SHARED",
         "-DGGML_BACKEND_SHARED",
         "-DGGML_BACKEND_BUILD",
@@ -332,6 +333,32 @@ def test_kept_weights(kernels, rows, n, p):
             assert (y[tokens:] == before[tokens:]).all() and (y[:, rows] == before[:, rows]).all()
 
 
+@pytest.mark.parametrize(
+    "rows, n, p",
+    [(1, 512, 16), (9, 576, 16), (40, 896, 4), (67, 1536, 2), (5, 8960, 16), (32, 4096, 12), (2, 65536, 12)],
+)
+def test_kept_weights_are_summed_in_one_order(kernels, rows, n, p):
+    """The same bits for one token and for a stripe of tokens, and wherever a chunk of rows begins and ends."""
+    rng = np.random.default_rng(rows + n)
+    s = sparse_of(pack_sparse(random_kept(rng, rows, n, p), rows * n, p))
+    x = rng.normal(0, 1, (STRIPE, n)).astype(np.float32)
+    before = rng.normal(0, 1, (STRIPE, rows)).astype(np.float32)
+    xt = aligned(n * STRIPE, np.float32)
+    kernels.call("tacq_transpose_stripe", list(x), xt, n)
+    for suffix in ("", "_generic"):
+        together = before.copy()
+        for first in range(0, rows, 32):
+            part = [row[first:] for row in together]
+            kernels.call(f"tacq_sparse_gemm{suffix}", Ref(s), first, min(32, rows - first), STRIPE, xt, part)
+        for size in (rows, 16, 5, 1):
+            alone = before.copy()
+            for t in (0, 1, STRIPE - 1):
+                for first in range(0, rows, size):
+                    n_rows = min(size, rows - first)
+                    kernels.call(f"tacq_sparse_gemv{suffix}", Ref(s), first, n_rows, x[t], alone[t, first:])
+                assert (alone[t] == together[t]).all(), (suffix, size, t)
+
+
 def Ref(s: Sparse) -> np.ndarray:
     """The structure as an array, so that its address is passed."""
     return np.frombuffer(s, np.uint8)
@@ -355,6 +382,7 @@ def test_neon_in_an_emulator(tmp_path, march):
         "-Wextra",
         "-Werror",
         "-Wno-unused-function",
+        "-ffp-contract=off",  # as tacq.cmake has it for tacq-sparse.c
         f"-march={march}",
     ]
     subprocess.run([*command, *includes, *sources, "-lm", "-o", str(tmp_path / "check")], check=True)
@@ -384,6 +412,40 @@ def test_mul_mat_of_all_batch_sizes(ggml, name, rows, n, threads):
         got = run_mul_mat(ggml, tensor, x, threads)
         check_mixed(got, got_base, tensor, x)
         assert (got == run_mul_mat(ggml, tensor, x, threads)).all()  # the same bits again
+
+
+@pytest.mark.parametrize("name", ["tacq2", "tacq2_s1", "tacq3_s4", "tacq4_s16"])
+@pytest.mark.parametrize("rows, n", [(37, 576), (100, 896), (300, 256)])
+def test_a_token_has_the_same_bits_alone_and_in_a_batch(ggml, name, rows, n):
+    rng = np.random.default_rng(rows + n)
+    tensor = random_tensor(rng, tensor_type(name), rows, n)
+    x = rng.normal(0, 1, (600, n)).astype(np.float32)
+    alone = np.concatenate([run_mul_mat(ggml, tensor, x[t : t + 1], 1) for t in range(64)])
+    for threads in (1, 2, 5):
+        assert (run_mul_mat(ggml, tensor, x[:1], threads) == alone[:1]).all()
+        for tokens in (2, 3, 4, 5, 8, 33, 48, 49, 64, 600):
+            assert (run_mul_mat(ggml, tensor, x[:tokens], threads)[:64] == alone[:tokens]).all(), (threads, tokens)
+
+
+@pytest.mark.parametrize("name", ["tacq2_s2", "tacq4_s8"])
+def test_an_expert_gives_a_token_the_same_bits_in_every_batch(ggml, name):
+    rng = np.random.default_rng(5)
+    experts, used, rows, n, most = 3, 2, 45, 192, 100
+    tensor = random_tensor(rng, tensor_type(name), experts * rows, n)
+    x = rng.normal(0, 1, (most, 1, n)).astype(np.float32)
+    ids = np.stack([rng.permutation(experts)[:used] for _ in range(most)]).astype(np.int32)
+
+    def run(tokens: slice, threads: int) -> np.ndarray:
+        with ggml.context() as ctx:
+            w = ggml.tensor(ctx, tensor.type.id, (experts, rows, n), pack_tensor(tensor))
+            a, i = np.ascontiguousarray(x[tokens]), np.ascontiguousarray(ids[tokens])
+            op = ggml.mul_mat_id(ctx, w, ggml.tensor(ctx, F32, a.shape, a), ggml.tensor(ctx, I32, i.shape, i))
+            return ggml.compute(ctx, op, (len(a), used, rows), threads)
+
+    alone = np.concatenate([run(slice(t, t + 1), 1) for t in range(most)])
+    for threads in (1, 3):
+        for tokens in (2, 4, 5, 40, most):
+            assert (run(slice(0, tokens), threads) == alone[:tokens]).all(), (threads, tokens)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
