@@ -20,7 +20,7 @@ from pathlib import Path
 
 from ..errors import TacqError
 from ..files import locked, need_space
-from .source import Say, cache_dir, load_patcher, own_sources, pin, source_tree, work_dir
+from .source import Say, cache_dir, copy_own_sources, is_of_today, load_patcher, own_sources, pin, source_tree, work_dir
 
 Progress = Callable[[int, int, str], None]
 
@@ -289,6 +289,7 @@ def runtime_build(
             return folder
         need_space(cache_dir(), 2.0)
         tree = source_tree(say)
+        copy_own_sources(work_dir() / "cpp_ext")
         folder, parts = runtime_dir(backend), build_parts(backend)  # of the sources just copied: they may be edited
         build = work_dir() / f"build-{backend}"
         log = work_dir() / f"build-{backend}.log"
@@ -308,6 +309,11 @@ def runtime_build(
         ]
         if run_with_progress(command, log, progress or (lambda done, total, what: None)):
             raise failure("Building", log)
+        if not is_of_today(work_dir()):
+            raise TacqError(
+                f"The sources in {work_dir()} were changed by another version of tacq-export while they were "
+                "compiled; run the same command again, or give each version a cache of its own (TACQ_EXPORT_CACHE)."
+            )
         collect(build, folder, parts)
     say(f"Built: {folder}")
     return folder

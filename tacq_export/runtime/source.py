@@ -144,19 +144,35 @@ def source_tree(say: Say = print) -> Path:
     """Root of the patched llama.cpp (with convert_hf_to_gguf.py and gguf-py); fetched and brought up to date if need
     be.
 
-    Our own sources are copied beside it, into `cpp_ext`, as they are when this is called.
     Raises TacqError if a call site does not fit, naming the anchor.
     """
     work = work_dir()
     with locked(work / "tree.lock", say):
         sync_upstream(work, say)
-        sources = own_sources()
-        for inside, content in sources.items():
-            write_if_changed(work / "cpp_ext" / inside, content)
-        for stale in (work / "cpp_ext").rglob("*"):
-            if stale.is_file() and stale.relative_to(work / "cpp_ext").as_posix() not in sources:
-                stale.unlink()
     return work / "tree"
+
+
+def copy_own_sources(folder: Path) -> None:
+    """Make `folder` hold our sources as they are now, writing only files that differ. Only a build does this, under its
+    lock: a process of another version that only reads the tree must not change what is being compiled."""
+    sources = own_sources()
+    for inside, content in sources.items():
+        write_if_changed(folder / inside, content)
+    for stale in folder.rglob("*"):
+        if stale.is_file() and stale.relative_to(folder).as_posix() not in sources:
+            stale.unlink()
+
+
+def is_of_today(work: Path) -> bool:
+    """True if the tree and our sources in `work` are those of this version: another may have changed them meanwhile."""
+    stamp, folder = work / "tree.stamp", work / "cpp_ext"
+    copied = {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    return stamp.is_file() and stamp.read_text() == _tree_state() and copied == own_sources()
+
+
+def _tree_state() -> str:
+    """What tree.stamp says of a tree with today's pin and call sites."""
+    return hashlib.sha256(repr((pin(), load_patcher()[1])).encode()).hexdigest()
 
 
 def sync_upstream(work: Path, say: Say) -> None:
@@ -166,7 +182,7 @@ def sync_upstream(work: Path, say: Say) -> None:
     """
     patcher, sites = load_patcher()
     tree, stamp = work / "tree", work / "tree.stamp"
-    state = hashlib.sha256(repr((pin(), sites)).encode()).hexdigest()
+    state = _tree_state()
     if stamp.is_file() and stamp.read_text() == state:
         return
     need_space(cache_dir(), 3.0)

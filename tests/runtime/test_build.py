@@ -429,3 +429,25 @@ def test_a_missing_cmake_or_compiler_is_named(monkeypatch, tmp_path):
     monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(TacqError, match=r"There is no C\+\+ compiler; install one"):
         runtime.configure(tmp_path, tmp_path / "build", "cpu", tmp_path / "log")
+
+
+def test_only_a_build_copies_our_sources_and_sees_when_they_are_changed(cache, monkeypatch):
+    """Another version that shares the cache, and only wants the tree, must not change what is being compiled."""
+    work = runtime_source.work_dir()
+    source_tree_folder = work / "cpp_ext"
+    monkeypatch.setattr(runtime_source, "own_sources", lambda: {"a.c": b"ours", "vulkan/b.comp": b"too"})
+    runtime_source.copy_own_sources(source_tree_folder)
+    (work / "tree.stamp").write_text(runtime_source._tree_state())
+    assert runtime_source.is_of_today(work)
+    before = (source_tree_folder / "a.c").stat().st_mtime_ns
+    runtime_source.copy_own_sources(source_tree_folder)
+    assert (source_tree_folder / "a.c").stat().st_mtime_ns == before  # so that nothing is compiled again
+    (source_tree_folder / "a.c").write_bytes(b"another's")
+    assert not runtime_source.is_of_today(work)
+    runtime_source.copy_own_sources(source_tree_folder)
+    (source_tree_folder / "stale.c").write_bytes(b"")
+    assert not runtime_source.is_of_today(work)
+    runtime_source.copy_own_sources(source_tree_folder)
+    assert runtime_source.is_of_today(work) and not (source_tree_folder / "stale.c").exists()
+    (work / "tree.stamp").write_text("another pin")
+    assert not runtime_source.is_of_today(work)
