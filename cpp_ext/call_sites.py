@@ -1,8 +1,7 @@
 """The call sites in upstream files: every line that llama.cpp gets from us, and where.
 
 Data only; `patch_llama_cpp.py` applies it. Upstream files hold calls, never code of ours: that lives in this folder.
-A new call site goes at the end of the list of its file, then `python patch_llama_cpp.py TREE --update` renews the
-committed diff.
+A new call site goes at the end of the list of its file, then `python patch_llama_cpp.py TREE --update` renews the committed diff.
 """
 
 from patch_llama_cpp import CallSite
@@ -20,16 +19,13 @@ CALL_SITES = [
         GGML_TYPE_TACQ2     = 512, // cpp_ext/tacq-common.h
         GGML_TYPE_TACQ3     = 513,
         GGML_TYPE_TACQ4     = 514,
-        GGML_TYPE_TACQ2_S1 = 520, GGML_TYPE_TACQ2_S2, GGML_TYPE_TACQ2_S3, GGML_TYPE_TACQ2_S4, GGML_TYPE_TACQ2_S6,
-        GGML_TYPE_TACQ2_S8, GGML_TYPE_TACQ2_S12, GGML_TYPE_TACQ2_S16, GGML_TYPE_TACQ3_S1 = 528, GGML_TYPE_TACQ3_S2,
-        GGML_TYPE_TACQ3_S3, GGML_TYPE_TACQ3_S4, GGML_TYPE_TACQ3_S6, GGML_TYPE_TACQ3_S8, GGML_TYPE_TACQ3_S12,
-        GGML_TYPE_TACQ3_S16, GGML_TYPE_TACQ4_S1 = 536, GGML_TYPE_TACQ4_S2, GGML_TYPE_TACQ4_S3, GGML_TYPE_TACQ4_S4,
-        GGML_TYPE_TACQ4_S6, GGML_TYPE_TACQ4_S8, GGML_TYPE_TACQ4_S12, GGML_TYPE_TACQ4_S16,
+        GGML_TYPE_TACQ2_S1 = 520, GGML_TYPE_TACQ2_S2, GGML_TYPE_TACQ2_S3, GGML_TYPE_TACQ2_S4, GGML_TYPE_TACQ2_S6, GGML_TYPE_TACQ2_S8, GGML_TYPE_TACQ2_S12, GGML_TYPE_TACQ2_S16,
+        GGML_TYPE_TACQ3_S1 = 528, GGML_TYPE_TACQ3_S2, GGML_TYPE_TACQ3_S3, GGML_TYPE_TACQ3_S4, GGML_TYPE_TACQ3_S6, GGML_TYPE_TACQ3_S8, GGML_TYPE_TACQ3_S12, GGML_TYPE_TACQ3_S16,
+        GGML_TYPE_TACQ4_S1 = 536, GGML_TYPE_TACQ4_S2, GGML_TYPE_TACQ4_S3, GGML_TYPE_TACQ4_S4, GGML_TYPE_TACQ4_S6, GGML_TYPE_TACQ4_S8, GGML_TYPE_TACQ4_S12, GGML_TYPE_TACQ4_S16,
         GGML_TYPE_COUNT     = 544,
 """,
     ),
-    # -- CMakeLists.txt: our sources, once the targets ggml-base, ggml-cpu and llama exist
-    # ------------------------------
+    # -- CMakeLists.txt: our sources, once the targets ggml-base, ggml-cpu and llama exist ------------------------------
     CallSite(
         name="sources",
         file="CMakeLists.txt",
@@ -67,16 +63,12 @@ CALL_SITES = [
         name="quantize chunk",
         file="ggml/src/ggml.c",
         inside="size_t ggml_quantize_chunk(\n",
-        anchor="        case GGML_TYPE_IQ4_XS:  result = quantize_iq4_xs (src + start, (char *) dst + start_row * "
-        "row_size, nrows, n_per_row, imatrix); break;\n",
+        anchor="        case GGML_TYPE_IQ4_XS:  result = quantize_iq4_xs (src + start, (char *) dst + start_row * row_size, nrows, n_per_row, imatrix); break;\n",
         where="after",
         insert=(
-            "        case GGML_TYPE_TACQ2:    result = quantize_tacq2  (src + start, (char *) dst + start_row * "
-            "row_size, nrows, n_per_row, imatrix); break;\n"
-            "        case GGML_TYPE_TACQ3:    result = quantize_tacq3  (src + start, (char *) dst + start_row * "
-            "row_size, nrows, n_per_row, imatrix); break;\n"
-            "        case GGML_TYPE_TACQ4:    result = quantize_tacq4  (src + start, (char *) dst + start_row * "
-            "row_size, nrows, n_per_row, imatrix); break;\n"
+            "        case GGML_TYPE_TACQ2:    result = quantize_tacq2  (src + start, (char *) dst + start_row * row_size, nrows, n_per_row, imatrix); break;\n"
+            "        case GGML_TYPE_TACQ3:    result = quantize_tacq3  (src + start, (char *) dst + start_row * row_size, nrows, n_per_row, imatrix); break;\n"
+            "        case GGML_TYPE_TACQ4:    result = quantize_tacq4  (src + start, (char *) dst + start_row * row_size, nrows, n_per_row, imatrix); break;\n"
         ),
     ),
     CallSite(
@@ -85,14 +77,12 @@ CALL_SITES = [
         inside="bool ggml_validate_row_data(enum ggml_type type, const void * data, size_t nbytes) {\n",
         anchor="        case GGML_TYPE_NVFP4:\n",
         where="before",
-        insert="        TACQ_TYPE_CASES break; // every byte of a base block is legal; sparse sections are checked by "
-        "the loader\n",
+        insert="        TACQ_TYPE_CASES break; // every byte of a base block is legal; sparse sections are checked by the loader\n",
     ),
     CallSite(
         name="unknown types in files",
         file="ggml/src/gguf.cpp",
-        inside="static struct gguf_context * gguf_init_from_reader(const struct gguf_reader & gr, struct "
-        "gguf_init_params params) {\n",
+        inside="static struct gguf_context * gguf_init_from_reader(const struct gguf_reader & gr, struct gguf_init_params params) {\n",
         anchor="            // check that tensor type is within defined range\n",
         where="before",
         insert="            if (ok && tacq_reject_unknown_type(info.t.name, info.t.type)) { ok = false; break; }\n",
@@ -120,8 +110,7 @@ CALL_SITES = [
         inside='// Android\'s libc implementation "bionic" does not support setting affinity\n',
         anchor='// Android\'s libc implementation "bionic" does not support setting affinity\n',
         where="before",
-        insert="void tacq_cpu_compute(struct ggml_compute_params * params, struct ggml_tensor * op) { "
-        "ggml_compute_forward(params, op); }\n",
+        insert="void tacq_cpu_compute(struct ggml_compute_params * params, struct ggml_tensor * op) { ggml_compute_forward(params, op); }\n",
     ),
     CallSite(
         name="hook header",
@@ -142,8 +131,7 @@ CALL_SITES = [
     CallSite(
         name="supports op",
         file="ggml/src/ggml-cpu/ggml-cpu.cpp",
-        inside="static bool ggml_backend_cpu_device_supports_op(ggml_backend_dev_t dev, const struct ggml_tensor * "
-        "op) {\n",
+        inside="static bool ggml_backend_cpu_device_supports_op(ggml_backend_dev_t dev, const struct ggml_tensor * op) {\n",
         anchor="    // check extra buffer types\n",
         where="before",
         insert="    if (!tacq_cpu_supports_op(op)) { return false; }\n",
@@ -232,10 +220,8 @@ CALL_SITES = [
     CallSite(
         name="refuse to requantize",
         file="src/llama-quant.cpp",
-        inside="static void llama_model_quantize_impl(const std::string & fname_inp, const std::string & fname_out, "
-        "const llama_model_quantize_params * params) {\n",
-        anchor="        metadata[i].requires_imatrix = tensor_requires_imatrix(tensor->name, metadata[i].target_type, "
-        "ftype);\n",
+        inside="static void llama_model_quantize_impl(const std::string & fname_inp, const std::string & fname_out, const llama_model_quantize_params * params) {\n",
+        anchor="        metadata[i].requires_imatrix = tensor_requires_imatrix(tensor->name, metadata[i].target_type, ftype);\n",
         where="before",
         insert="        tacq_check_quantize(tensor, metadata[i].target_type);\n",
     ),
@@ -246,8 +232,7 @@ CALL_SITES = [
         inside="struct common_log * common_log_main() {\n",
         anchor="        log->set_colors(tty_can_use_colors());\n",
         where="after",
-        insert="        atexit([]() { log->pause(); }); // else a program that refuses a file and ends may lose the "
-        "line that says why\n",
+        insert="        atexit([]() { log->pause(); }); // else a program that refuses a file and ends may lose the line that says why\n",
     ),
     # -- upstream's own tests ------------------------------------------------------------------------------------------
     CallSite(
@@ -283,9 +268,8 @@ CALL_SITES = [
         inside="static int test_vec_dot_q(bool verbose) {\n",
         anchor="                ? MAX_DOT_PRODUCT_ERROR_LOWBIT\n",
         where="after",
-        # Rounding of least squares shrinks a vector by its relative squared error, with 2 bits and this test's two
-        # waves 4.4 %, and their product per weight is 1.09: 0.048 is expected of TACQ2. (Types that search a grid may
-        # land elsewhere by luck.)
+        # Rounding of least squares shrinks a vector by its relative squared error, with 2 bits and this test's two waves 4.4 %,
+        # and their product per weight is 1.09: 0.048 is expected of TACQ2. (Types that search a grid may land elsewhere by luck.)
         insert="""\
                 : type == GGML_TYPE_TACQ2 ? 0.06f // measured 0.0524
                 : type == GGML_TYPE_TACQ3 ? MAX_DOT_PRODUCT_ERROR_LOWBIT // measured 0.0201
