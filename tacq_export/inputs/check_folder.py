@@ -31,17 +31,15 @@ _NO_DECODERS = (
 @dataclass(frozen=True)
 class Checkpoint:
     """A folder that passed the checks. config: config.json as it is; tensors: of safetensors files, {} for PyTorch's
-    own; quantized: FP8 or MXFP4 weights are in it, to be dequantized first."""
+    own; quantized: FP8 or MXFP4 weights are in it, to be dequantized first. text_architecture: of the language model
+    inside a wrapper that llama.cpp's converter does not know, else None."""
 
     folder: Path
     config: dict[str, Any]
     tensors: dict[str, StoredTensor]
     weight_bytes: int
     quantized: bool
-
-    @property
-    def architecture(self) -> str:
-        return architecture_names(self.config)[0]
+    text_architecture: str | None = None
 
 
 def check_folder(folder: Path, reporter: Reporter) -> Checkpoint:
@@ -56,7 +54,7 @@ def check_folder(folder: Path, reporter: Reporter) -> Checkpoint:
     tensors = stored_tensors(files)
     quantized = _is_quantized(folder, config, tensors)
     weight_bytes = sum(file.stat().st_size for file in files)
-    return Checkpoint(folder, config, tensors, weight_bytes, quantized)
+    return Checkpoint(folder, config, tensors, weight_bytes, quantized, text_architecture(config, reporter))
 
 
 def check_config(folder: Path, reporter: Reporter) -> dict[str, Any]:
@@ -86,7 +84,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         ggufs = sorted(p.name for p in folder.glob("*.gguf"))
         hint = f" (its GGUF would be {folder / ggufs[0]})" if ggufs else ""
-        raise TacqError(f"{folder} has no config.json; give a Hugging Face model folder, a hub id, or a GGUF file{hint}.")
+        raise TacqError(
+            f"{folder} has no config.json; give a Hugging Face model folder, a hub id, or a GGUF file{hint}."
+        )
     try:
         config = json.loads(path.read_text())
     except (ValueError, OSError) as error:
@@ -101,7 +101,11 @@ def architecture_names(config: dict[str, Any]) -> list[str]:
     parts = [config, *(part for key in _TEXT_CONFIGS if isinstance(part := config.get(key), dict))]
     if isinstance(thinker := config.get("thinker_config"), dict) and isinstance(thinker.get("text_config"), dict):
         parts.append(thinker["text_config"])
-    names = [part["architectures"][0] for part in parts if isinstance(part.get("architectures"), list) and part["architectures"]]
+    names = [
+        part["architectures"][0]
+        for part in parts
+        if isinstance(part.get("architectures"), list) and part["architectures"]
+    ]
     return [str(name) for name in names] or [f"model_type {config.get('model_type', 'unknown')}"]
 
 
@@ -112,12 +116,32 @@ def _check_architecture(folder: Path, config: dict[str, Any], reporter: Reporter
             f"{folder} holds a {names[0]}, which is no language model that writes its text token by token; give a "
             "causal language model."
         )
-    if not set(names) & converter_architectures(reporter).keys():
+    known = {name.lower() for name in converter_architectures(reporter)}
+    if not known & {name.lower() for name in names} and text_architecture(config, reporter) is None:
         raise TacqError(
             f"llama.cpp's convert_hf_to_gguf.py cannot convert {folder} ({names[0]} is not supported); use an "
             "architecture that llama.cpp knows."
         )
     _check_transformers(folder, names[0], config)
+
+
+def text_architecture(config: dict[str, Any], reporter: Reporter) -> str | None:
+    """The causal class of a wrapper's language model, where the converter needs to be told.
+
+    It takes the architecture of text_config, which many folders do not have, or the wrapper's, which it does not know
+    for all wrappers; LLaVA's it takes for a Llama, whatever the language model is.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    text, names = config.get("text_config"), architecture_names(config)
+    if not isinstance(text, dict) or text.get("architectures"):
+        return None
+    known = converter_architectures(reporter)
+    if names[0] in known and names[0] != "LlavaForConditionalGeneration":
+        return None
+    # A config without model_type is a Llama, for all wrappers that leave it out.
+    name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(text.get("model_type", "llama"))
+    return name if name in known else None
 
 
 def _check_transformers(folder: Path, name: str, config: dict[str, Any]) -> None:
@@ -154,7 +178,9 @@ def _check_method(folder: Path, quantization: dict[str, Any]) -> None:
         return
     method = str(quantization.get("quant_method", "unknown method")).lower()
     if method == "compressed-tensors":
-        weights = [g.get("weights") or {} for g in (quantization.get("config_groups") or {}).values() if isinstance(g, dict)]
+        weights = [
+            g.get("weights") or {} for g in (quantization.get("config_groups") or {}).values() if isinstance(g, dict)
+        ]
         kinds = {(str(w.get("type", "int")), w.get("num_bits")) for w in weights}
         if kinds - {("float", 8)}:
             raise _already_quantized(folder, ", ".join(f"{method} {kind}{n}" for kind, n in sorted(kinds, key=str)))
@@ -162,7 +188,9 @@ def _check_method(folder: Path, quantization: dict[str, Any]) -> None:
         if (algorithm := str(quantization.get("quant_algo"))) != "FP8":
             raise _already_quantized(folder, f"{method} {algorithm}")
     elif method not in ("fp8", "fbgemm_fp8", "mxfp4"):
-        bits = quantization.get("bits") or (4 if quantization.get("load_in_4bit") else 8 if quantization.get("load_in_8bit") else "")
+        bits = quantization.get("bits") or (
+            4 if quantization.get("load_in_4bit") else 8 if quantization.get("load_in_8bit") else ""
+        )
         raise _already_quantized(folder, f"{method} {bits}".strip())
 
 

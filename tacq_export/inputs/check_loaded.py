@@ -13,7 +13,13 @@ from ..errors import TacqError
 
 # Blocks that draft tokens ahead (multi-token prediction): no part of the function, and not in the GGUF either.
 _DRAFT = re.compile(r"(^|\.)(mtp|mtp_layers|mtp_block|nextn)(\.|$)")
-_DRAFT_KEYS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers", "mtp_num_layers", "num_mtp_modules")
+_DRAFT_KEYS = (
+    "num_nextn_predict_layers",
+    "mtp_num_hidden_layers",
+    "num_mtp_layers",
+    "mtp_num_layers",
+    "num_mtp_modules",
+)
 
 
 def check_loaded(folder: Path, model: PreTrainedModel, info: dict[str, Any], decoder: str | None) -> None:
@@ -26,7 +32,9 @@ def check_loaded(folder: Path, model: PreTrainedModel, info: dict[str, Any], dec
     Raises TacqError, naming the tensors.
     """
     mismatched = sorted(
-        (name, list(stored), list(expected)) for name, stored, expected in info["mismatched_keys"] if _counts(name, model, decoder)
+        (name, list(stored), list(expected))
+        for name, stored, expected in info["mismatched_keys"]
+        if _counts(name, model, decoder)
     )
     if mismatched:
         name, stored, expected = mismatched[0]

@@ -33,8 +33,13 @@ def _text_models(path: Path) -> dict[str, str]:
     raise TacqError(f"{path} has no TEXT_MODEL_MAP; the pinned llama.cpp has changed, and convert.py must follow it.")
 
 
-def convert_to_f16(folder: Path, weight_bytes: int, reference_path: Path, reporter: Reporter) -> None:
-    """Write the F16 GGUF of a Hugging Face folder. weight_bytes: of its files, for the check of free space.
+def convert_to_f16(
+    folder: Path, weight_bytes: int, text_architecture: str | None, reference_path: Path, reporter: Reporter
+) -> None:
+    """Write the F16 GGUF of a Hugging Face folder.
+
+    weight_bytes: of its files, for the check of free space. text_architecture: of the language model inside a wrapper,
+    where the converter does not know the wrapper by its name.
 
     Raises TacqError with the converter's own reason if it cannot.
     """
@@ -45,6 +50,7 @@ def convert_to_f16(folder: Path, weight_bytes: int, reference_path: Path, report
     env["CUDA_VISIBLE_DEVICES"] = ""
     with written_atomically(reference_path) as partial:
         command = [sys.executable, convert_launcher.__file__, str(tree), str(folder), str(partial)]
+        command += [text_architecture] if text_architecture else []
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", env=env)
         if done.returncode or not partial.is_file():
             raise TacqError(

@@ -44,9 +44,7 @@ def dequantize_checkpoint(checkpoint: Checkpoint, copy: Path, reporter: Reporter
     names = [name for name in tensors if not _is_part(name, tensors)]
     gigabytes = 2.1e-9 * sum(_count(tensors[name]) * (2 if name.endswith("_blocks") else 1) for name in names)
     need_space(copy.parent, gigabytes, "the model at BF16", "give --workdir on a larger disk")
-    reporter.say(
-        f"Dequantizing {checkpoint.folder.name} ({quantization.get('quant_method', 'FP8')}) to BF16 ..."
-    )
+    reporter.say(f"Dequantizing {checkpoint.folder.name} ({quantization.get('quant_method', 'FP8')}) to BF16 ...")
     shutil.rmtree(copy, ignore_errors=True)
     copy.mkdir(parents=True)
     try:
@@ -55,7 +53,9 @@ def dequantize_checkpoint(checkpoint: Checkpoint, copy: Path, reporter: Reporter
         with _Reader(checkpoint) as reader:
             _write_shards(_dequantized(names, reader, block, bool(quantization)), len(names), copy, reporter)
     except OSError as error:
-        raise TacqError(f"{copy} cannot be written ({error.strerror or error}); give --workdir on a larger disk.") from None
+        raise TacqError(
+            f"{copy} cannot be written ({error.strerror or error}); give --workdir on a larger disk."
+        ) from None
     return copy
 
 
@@ -122,9 +122,7 @@ def _dequantized(
             yield name, value
 
 
-def dequantize_fp8(
-    weight: torch.Tensor, scale: torch.Tensor, block: tuple[int, ...] | None, name: str
-) -> torch.Tensor:
+def dequantize_fp8(weight: torch.Tensor, scale: torch.Tensor, block: tuple[int, ...] | None, name: str) -> torch.Tensor:
     """bfloat16 [rows, columns] (or more dimensions) of an FP8 weight and its scale.
 
     scale: one number; one a row; or one for each block of `block` (rows, columns), the last of which may be cut off by
@@ -155,9 +153,7 @@ def _misfit(name: str, weight: torch.Tensor, scale: torch.Tensor, block: tuple[i
     )
 
 
-def _write_shards(
-    tensors: Iterator[tuple[str, torch.Tensor]], total: int, copy: Path, reporter: Reporter
-) -> None:
+def _write_shards(tensors: Iterator[tuple[str, torch.Tensor]], total: int, copy: Path, reporter: Reporter) -> None:
     """Files of at most _SHARD_BYTES (but for a tensor that is larger), and their index."""
     shard: dict[str, torch.Tensor] = {}
     weight_map: dict[str, str] = {}

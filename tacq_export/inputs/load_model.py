@@ -98,5 +98,7 @@ def _both_sides(
     with plain_folder(source.checkpoint, reference_path.parent, reporter) as folder:
         # Torch first: what it refuses is refused before the float copy is written.
         model, tokenizer = load_from_hugging_face(folder, reporter)
-        convert_to_f16(folder, source.checkpoint.weight_bytes, reference_path, reporter)
+        convert_to_f16(
+            folder, source.checkpoint.weight_bytes, source.checkpoint.text_architecture, reference_path, reporter
+        )
     return model, tokenizer

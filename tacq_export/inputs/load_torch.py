@@ -38,7 +38,9 @@ def load_from_gguf(reference_path: Path, reporter: Reporter) -> tuple[PreTrained
             model = AutoModelForCausalLM.from_pretrained(
                 reference_path.parent, gguf_file=reference_path.name, dtype=torch.float32
             )
-    except Exception as error:  # whatever it is: the loaders raise RuntimeError, TypeError, AttributeError, KeyError ...
+    except (
+        Exception
+    ) as error:  # whatever it is: the loaders raise RuntimeError, TypeError, AttributeError, KeyError ...
         architecture = field_value(open_gguf(reference_path), "general.architecture")
         raise _no_gguf(str(architecture), error) from error
     return model, tokenizer
@@ -104,8 +106,8 @@ def load_from_hugging_face(folder: Path, reporter: Reporter) -> tuple[PreTrained
     reporter.say(f"Loading {folder} with transformers ...")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        config = AutoConfig.from_pretrained(folder)
-        model, info = auto_class(config).from_pretrained(
+        auto: Any = auto_class(AutoConfig.from_pretrained(folder)) or AutoModelForCausalLM
+        model, info = auto.from_pretrained(
             # Other shapes are refused by name below, where this switch's error would name none.
             folder, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
         )  # fmt: skip

@@ -36,7 +36,9 @@ def write_reference(source: Source, reference_path: Path, reporter: Reporter) ->
         dequantize_to_f16(source.gguf, reference_path, reporter)
     elif source.checkpoint is not None:
         with plain_folder(source.checkpoint, reference_path.parent, reporter) as folder:
-            convert_to_f16(folder, source.checkpoint.weight_bytes, reference_path, reporter)
+            convert_to_f16(
+                folder, source.checkpoint.weight_bytes, source.checkpoint.text_architecture, reference_path, reporter
+            )
 
 
 def dequantize_to_f16(path: Path, reference_path: Path, reporter: Reporter) -> None:
