@@ -67,4 +67,8 @@ def _reason(log: str) -> str:
     causes = [
         line for line in lines if "is not supported" in line or line.split(":")[0].endswith(("Error", "Exception"))
     ]
-    return (causes or lines)[-1][:300]
+    cause = (causes or lines)[-1]
+    if cause == "AssertionError":  # an assertion without words: what was asserted
+        asserted = [line for line in lines if line.startswith("assert ")]
+        cause = " of ".join([cause, *(f"'{line}'" for line in asserted[-1:])])
+    return cause[:300]

@@ -85,6 +85,9 @@ def with_older_names(config: dict[str, Any]) -> dict[str, Any]:
         config["original_max_position_embeddings"] = config.get("max_position_embeddings")
     if model_type == "falcon" and config.get("multi_query") and not config.get("new_decoder_architecture"):
         config["num_kv_heads"] = 1  # whatever the key says: multi-query attention has one
+    if model_type == "gemma4_text" and config.get("global_head_dim") is None:
+        of_layers = [layer for layer in (config.get("per_layer_config") or {}).values() if "head_dim" in layer]
+        config["global_head_dim"] = None if of_layers else config.get("head_dim")
     if model_type == "nemotron_h":
         _nemotron_h(config)
     for key in ("text_config", "llm_config"):
@@ -99,7 +102,8 @@ def _nemotron_h(config: dict[str, Any]) -> None:
     if not config.get("hybrid_override_pattern") and isinstance(kinds, list):
         config["hybrid_override_pattern"] = "".join(_NEMOTRON_H.get(kind, "?") for kind in kinds)
     if "E" not in str(config.get("hybrid_override_pattern")):
-        config.pop("num_experts_per_tok", None)
+        for key in ("num_experts_per_tok", "n_routed_experts", "n_shared_experts"):
+            config.pop(key, None)
     if isinstance(kinds, list):
         config["num_hidden_layers"] = len(kinds)
 

@@ -86,15 +86,23 @@ def load_config(folder: Path, name: str) -> PretrainedConfig:
 
 
 def auto_class(config: PretrainedConfig) -> Any | None:
-    """transformers' class that loads a language model of that config; None if there is none."""
+    """transformers' class that loads a language model of that config; None if there is none.
+
+    Some wrappers are in two of its lists, once as the language model alone: that class is for a folder that says so,
+    as it has no place for the wrapper's other tensors.
+    """
+    name = (config.architectures or [None])[0]
+    found = []
     for mapping, auto in (
         (MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM),
         (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoModelForImageTextToText),
         (MODEL_FOR_MULTIMODAL_LM_MAPPING, AutoModelForMultimodalLM),
     ):
         if type(config) in mapping:
-            return auto
-    return None
+            if mapping[type(config)].__name__ == name:
+                return auto
+            found.append(auto)
+    return found[0] if found else None
 
 
 def load_from_hugging_face(folder: Path, reporter: Reporter) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

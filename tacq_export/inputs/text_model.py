@@ -24,6 +24,8 @@ class TextModel(PreTrainedModel):
 
     config_class = PretrainedConfig
     base_model_prefix = "model"
+    # Attention is the decoder's own affair, which has settled it for this config.
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
 
     def __init__(self, config: PretrainedConfig, decoder: PreTrainedModel, head: torch.nn.Module):
         super().__init__(config)
@@ -53,6 +55,8 @@ def text_model(model: PreTrainedModel) -> tuple[PreTrainedModel, str | None]:
     if not has_other_parts(model) or decoder is model or decoder is model.base_model:
         return model, None
     path = next(name for name, module in model.named_modules() if module is decoder)
+    if decoder.get_output_embeddings() is not None:  # Llama 4's is a causal model as it is
+        return decoder, path
     head, config = model.get_output_embeddings(), decoder.config
     causal = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     text = _grafted(causal, config, decoder, head) if causal is not None else None
@@ -66,9 +70,10 @@ def _grafted(
     its decoder is of another class."""
     with torch.device("meta"):
         text = causal(config)
-    if type(getattr(text, text.base_model_prefix)) is not type(decoder):
+    places = [name for name, child in text.named_children() if type(child) is type(decoder)]
+    if len(places) != 1:
         return None
-    setattr(text, text.base_model_prefix, decoder)
+    setattr(text, places[0], decoder)
     text.set_output_embeddings(head)
     rest = [name for name, value in [*text.named_parameters(), *text.named_buffers()] if value.is_meta]
     return None if rest else text
