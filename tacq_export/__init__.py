@@ -13,12 +13,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from .errors import check_system
+from .runtime.pinned_gguf import prefer_pinned_gguf
 
 if TYPE_CHECKING:
     from .config import ExportConfig
     from .errors import TacqError
     from .pipeline import ExportResult, export
     from .runtime.run_model import llama_cpp
+
+# Here and not where it is needed: it must come before the first `import gguf` of anybody.
+prefer_pinned_gguf()
 
 __all__ = ["ExportConfig", "ExportResult", "TacqError", "export", "llama_cpp"]
 

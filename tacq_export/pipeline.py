@@ -3,6 +3,7 @@ one screen."""
 
 from __future__ import annotations
 
+import functools
 import resource
 import sys
 import time
@@ -21,8 +22,9 @@ from .format.gguf_file import numpy_shape, open_gguf, raw_bytes, type_named
 from .format.pack_tensor import unpack_tensor
 from .format.tensor_types import FORMAT_VERSION, TYPES_BY_ID, TYPES_BY_NAME, TensorType
 from .format.write_gguf import PlannedTensor, copied, encoded, write_gguf
+from .inputs.check_source import check_source
 from .inputs.link_tensors import LinkedTensor
-from .inputs.load_model import LoadedModel, load_model
+from .inputs.load_model import LoadedModel, load_model, pick_device
 from .inputs.load_task import load_task, tokenize_for_loss
 from .planning.plan_types import fixed_types, plan_types, predicted_loss
 from .planning.select_weights import TensorSelection
@@ -64,6 +66,7 @@ def export(config: ExportConfig, reporter: Reporter | None = None) -> ExportResu
     `resume` go on.
     """
     config.validate()
+    pick_device(config.device)
     assert config.workdir is not None  # ExportConfig names one where the user does not
     with claimed(config.workdir, f"writes {config.outfile}"):
         return _export(config, reporter or Reporter())
@@ -75,17 +78,19 @@ def _export(config: ExportConfig, reporter: Reporter) -> ExportResult | None:
     task = load_task(config.task)
     if config.threads:
         torch.set_num_threads(config.threads)
+    source = check_source(config.model, reporter)  # before there is a work folder
     work = WorkDir.open(config)
     try:
-        loaded = load_model(config.model, work.path, config.device, reporter)
+        loaded = load_model(source, work.path, config.device, reporter)
         texts, begins = tokenize_for_loss(config.loss, task, loaded.tokenizer, config.n_samples, config.seq_len)
         fixed, head = fixed_types(loaded, config), head_tensor(loaded)
         tuning = plan_tuning(loaded, task, len(texts), config) if config.tune else None
         reporter.say(describe(loaded, texts, task.name, fixed, config))
-    finally:
-        if config.dry_run:
-            work.remove()
+    except BaseException:
+        work.discard()  # nothing was computed yet that would be worth keeping
+        raise
     if config.dry_run:
+        work.remove()
         return None
     need_space(
         config.outfile.parent, 1.1e-9 * upper_bound_bytes(loaded), "the output", "give --outfile on a larger disk"
@@ -139,13 +144,13 @@ def describe(
 ) -> str:
     """The plan in one line, said before the long work begins."""
     if config.target_size is not None:
-        aim = f"a file of at most {parse_size(config.target_size)} bytes, types by predicted loss"
+        aim = f"a file of at most {parse_size(str(config.target_size))} bytes, types by predicted loss"
     elif config.allocates:
         aim = f"{config.bpw_limit:g} bits per weight, types by predicted loss"
     else:
-        aim = f"{config.base.name}, kept " + (
-            f"{100 * config.ratio:g} %" if config.bpw_limit is None else f"up to {config.bpw_limit:g} bits per weight"
-        )
+        limit, ratio = config.bpw_limit, config.ratio
+        kept = f"up to {limit:g} bits per weight" if limit is not None or ratio is None else f"{100 * ratio:g} %"
+        aim = f"{config.base.name}, kept {kept}"
     ends = [t for t in (loaded.embedding, loaded.head) if t is not None and t.name in fixed]
     others = "".join(f", {t.name} {fixed[t.name].upper()}" for t in ends)
     return (
@@ -196,7 +201,7 @@ def planned_tensors(loaded: LoadedModel, fixed: dict[str, str], work: WorkDir) -
         if work.has_tensor(tensor.name):
             kind = type_named(work.load_facts(tensor.name)["type"])
             planned.append(
-                PlannedTensor(tensor.name, numpy_shape(tensor), kind, lambda name=tensor.name: work.load_tensor(name))
+                PlannedTensor(tensor.name, numpy_shape(tensor), kind, functools.partial(work.load_tensor, tensor.name))
             )
         else:
             planned.append(encoded(tensor, fixed[tensor.name]) if tensor.name in fixed else copied(tensor))

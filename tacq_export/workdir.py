@@ -9,9 +9,11 @@ tensors/NAME.bin      bytes of a finished tensor, with its type, and its error a
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -27,16 +29,20 @@ from .planning.select_weights import TensorSelection
 
 
 class WorkDir:
-    """The work folder of one export. `open` makes it, or takes an earlier one up again."""
+    """The work folder of one export. `open` makes it, or takes an earlier one up again.
 
-    def __init__(self, path: Path):
-        self.path = path
+    found: names in it that `discard` leaves, as they were there before; None if the folder itself was not.
+    """
+
+    def __init__(self, path: Path, found: set[str] | None = None):
+        self.path, self._found = path, found
 
     @classmethod
     def open(cls, config: ExportConfig) -> WorkDir:
         """Raises TacqError if --resume finds no earlier work or the work of other options, or a named folder holds
         other files."""
         path = config.workdir
+        assert path is not None  # ExportConfig names one where the user does not
         versions = {"format_version": FORMAT_VERSION, "calibration_version": CALIBRATION_VERSION}
         state = versions | {
             "model": _identity(config.model),
@@ -50,7 +56,7 @@ class WorkDir:
             if difference := _difference(_read_state(marker), state):
                 raise TacqError(f"The unfinished export in {path} is another one ({difference}); run without --resume.")
             if not config.dry_run:
-                return cls(path)
+                return cls(path, {entry.name for entry in path.iterdir()})
         if path.exists() and not marker.is_file() and (not path.is_dir() or any(path.iterdir())):
             raise TacqError(f"{path} exists and is no work folder of tacq-export; give another with --workdir.")
         if config.dry_run:  # elsewhere: trying out must not cost unfinished work
@@ -60,7 +66,10 @@ class WorkDir:
             "options": config.calibration_fingerprint()
         }
         try:
+            found = {"state.json"} if marker.is_file() else set()
+            existed = path.is_dir()
             _clear(path, calibration)
+            found |= {entry.name for entry in path.iterdir()} if existed else set()
             (path / "tensors").mkdir(parents=True)
             (path / "calibration").mkdir(exist_ok=True)
             (path / "calibration.json").write_text(json.dumps(calibration, indent=1))
@@ -69,7 +78,7 @@ class WorkDir:
             raise TacqError(
                 f"The work folder {path} cannot be made ({error.strerror}); give another with --workdir."
             ) from None
-        return cls(path)
+        return cls(path, found if existed else None)
 
     @property
     def calibration(self) -> Path:
@@ -117,6 +126,15 @@ class WorkDir:
     def remove(self) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
 
+    def discard(self) -> None:
+        """Remove what was put here since `open`: of an export that is refused before its long work, nothing is left."""
+        if self._found is None:
+            self.remove()
+            return
+        for entry in sorted(self.path.iterdir()):
+            if entry.name not in self._found:
+                shutil.rmtree(entry, ignore_errors=True) if entry.is_dir() else entry.unlink(missing_ok=True)
+
     def _file(self, name: str, ending: str) -> Path:
         return self.path / "tensors" / (name + ending)
 
@@ -158,5 +176,8 @@ def _sha256(path: Path) -> str:
 def _identity(model: str) -> list:
     """Name, size and date of the model's files: enough to notice another checkpoint without reading gigabytes."""
     path = Path(model)
-    files = [path] if path.is_file() else sorted(p for p in path.glob("*") if p.is_file()) if path.is_dir() else []
+    if path.is_file() and re.search(r"-\d{5}-of-\d{5}\.gguf$", path.name):  # a split GGUF: all its parts
+        files = sorted(path.parent.glob(glob.escape(path.name[:-20]) + "-?????-of-?????.gguf"))
+    else:
+        files = [path] if path.is_file() else sorted(p for p in path.glob("*") if p.is_file()) if path.is_dir() else []
     return [model] + [[os.path.basename(p), p.stat().st_size, int(p.stat().st_mtime)] for p in files]

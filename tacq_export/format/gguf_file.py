@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import gguf
@@ -23,24 +24,81 @@ class _Reader(gguf.GGUFReader):
 
 
 def open_gguf(path: Path | str) -> gguf.GGUFReader:
-    """Reader of a GGUF, memory-mapped. Raises TacqError if it is missing, damaged, or of a newer TACQ format."""
+    """Reader of a GGUF, memory-mapped; of all parts as one if it is split, and `path` may be any of them.
+
+    Raises TacqError if it is missing, damaged, or of a newer TACQ format, or if a part is missing.
+    """
     register_with_gguf()
     path = Path(path)
-    if not path.is_file():
-        raise TacqError(f"There is no file {path}; give the path of a GGUF.")
-    try:
-        reader = _Reader(path)
-    except (ValueError, IndexError, KeyError, OverflowError, OSError, UnicodeDecodeError) as error:
-        raise TacqError(
-            f"{path} is not a GGUF file, or is damaged or cut off ({error}); fetch or export it again."
-        ) from None
+    reader = _open_part(path)
     version = field_value(reader, "tacq.format_version")
     if version is not None and version > FORMAT_VERSION:
         raise TacqError(
             f"{path} has TACQ format version {version}, newer than this program's {FORMAT_VERSION}; upgrade "
             "tacq-export."
         )
-    return reader
+    count = field_value(reader, "split.count")
+    return reader if count is None or int(count) < 2 else _joined(path, reader, int(count))
+
+
+def _open_part(path: Path) -> gguf.GGUFReader:
+    if not path.is_file():
+        raise TacqError(f"There is no file {path}; give the path of a GGUF.")
+    try:
+        return _Reader(path)
+    except (ValueError, IndexError, KeyError, OverflowError, OSError, UnicodeDecodeError) as error:
+        raise TacqError(
+            f"{path} is not a GGUF file, or is damaged or cut off ({error}); fetch or export it again."
+        ) from None
+
+
+def split_parts(path: Path, count: int) -> list[Path]:
+    """Paths of the `count` parts of a split GGUF, of which `path` is one: NAME-00002-of-00003.gguf, as
+    llama-gguf-split names them. Raises TacqError for another name, or if a part is missing."""
+    match = re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})\.gguf", path.name)
+    if not match or int(match[3]) != count:
+        raise TacqError(
+            f"{path} is one of {count} parts of a split GGUF, and its name does not say where the others are; "
+            f"give all parts the names that they had, NAME-00001-of-{count:05}.gguf and so on, in one folder."
+        )
+    parts = [path.with_name(f"{match[1]}-{i:05}-of-{count:05}.gguf") for i in range(1, count + 1)]
+    if missing := [part.name for part in parts if not part.is_file()]:
+        raise TacqError(
+            f"{path} is one of {count} parts of a split GGUF, and {', '.join(missing[:5])} "
+            f"{'is' if len(missing) == 1 else 'are'} not beside it; fetch the missing part."
+        )
+    return parts
+
+
+def _joined(path: Path, reader: gguf.GGUFReader, count: int) -> gguf.GGUFReader:
+    """The first part's reader, with the tensors of all parts and without the keys of the split.
+
+    Only the first part has the model's metadata. Each part says which one it is and how many tensors there are, so
+    parts of two models that were mixed up are found.
+    """
+    readers = []
+    for number, part in enumerate(split_parts(path, count)):
+        one = reader if part == path else _open_part(part)
+        said = (field_value(one, "split.no"), field_value(one, "split.count"))
+        if said != (number, count):
+            raise TacqError(
+                f"{part} says that it is part {said[0]} of {said[1]}, counted from 0, and its name that it is "
+                f"{number} of {count}; fetch it again."
+            )
+        readers.append(one)
+    first = readers[0]
+    tensors = [tensor for one in readers for tensor in one.tensors]
+    expected = field_value(first, "split.tensors.count")
+    names = {tensor.name for tensor in tensors}
+    if len(names) != len(tensors) or (expected is not None and int(expected) != len(tensors)):
+        raise TacqError(
+            f"The {count} parts of {path} hold {len(tensors)} tensors, {len(names)} of them of different names, and "
+            f"the first says {expected}; they are of different models, fetch them again."
+        )
+    first.tensors = tensors
+    for key in [key for key in first.fields if key.startswith("split.")]:
+        del first.fields[key]
+    return first
 
 
 def field_value(reader: gguf.GGUFReader, key: str):

@@ -18,9 +18,11 @@ from transformers.utils import logging as transformers_logging
 from ..errors import TacqError
 from ..format.gguf_file import field_value, open_gguf
 from ..reporting import Reporter
+from .check_source import Source, check_source
+from .convert import convert_to_f16
 from .link_tensors import LinkedTensor, link_tensors
 from .load_torch import load_from_gguf, load_from_hugging_face
-from .make_reference import make_reference
+from .make_reference import check_reference_loads, dequantize_to_f16, plain_folder
 
 
 @dataclass(frozen=True)
@@ -62,19 +64,41 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def load_model(source: str, workdir: Path, device: str, reporter: Reporter) -> LoadedModel:
+def load_model(source: str | Source, workdir: Path, device: str, reporter: Reporter) -> LoadedModel:
     """Load a Hugging Face folder or hub id, or a GGUF file. The float GGUF lies in `workdir`.
 
+    source: MODEL, or what `check_source` made of it.
     Raises TacqError for a source that is none of these, an architecture that transformers or llama.cpp do not know, a
-    tensor that is no torch parameter, has NaN, or has a width that is not a multiple of 64.
+    checkpoint with missing tensors or others (`check_loaded`), a float GGUF that llama.cpp does not run, a tensor that
+    is no torch parameter, has NaN, or has a width that is not a multiple of 64.
     """
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     target = pick_device(device)
+    if isinstance(source, str):
+        source = check_source(source, reporter)
     reference_path = workdir / "reference-f16.gguf"
-    folder = make_reference(source, reference_path, reporter)
-    model, tokenizer = load_from_hugging_face(folder, reporter) if folder else load_from_gguf(reference_path, reporter)
+    model, tokenizer = _both_sides(source, reference_path, reporter)
     model.eval().requires_grad_(False)
+    check_reference_loads(reference_path)
     reference = open_gguf(reference_path)
     linear, embedding, head = link_tensors(model, reference)
-    return LoadedModel(model.to(target), tokenizer, reference, reference_path, linear, embedding, head)
+    torch.nn.Module.to(model, target)
+    return LoadedModel(model, tokenizer, reference, reference_path, linear, embedding, head)
+
+
+def _both_sides(
+    source: Source, reference_path: Path, reporter: Reporter
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The torch model and its tokenizer; the float GGUF is written to `reference_path`."""
+    if source.checkpoint is None:
+        assert source.gguf is not None
+        dequantize_to_f16(source.gguf, reference_path, reporter)
+        return load_from_gguf(reference_path, reporter)
+    with plain_folder(source.checkpoint, reference_path.parent, reporter) as folder:
+        # Torch first: what it refuses is refused before the float copy is written.
+        model, tokenizer = load_from_hugging_face(folder, reporter)
+        convert_to_f16(
+            folder, source.checkpoint.weight_bytes, source.checkpoint.text_architecture, reference_path, reporter
+        )
+    return model, tokenizer

@@ -5,13 +5,28 @@ from __future__ import annotations
 import contextlib
 import io
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from ..errors import TacqError
 from ..format.gguf_file import field_value, open_gguf
 from ..reporting import Reporter
+from .check_loaded import check_loaded
+from .text_model import text_model
 
 
 def load_from_gguf(reference_path: Path, reporter: Reporter) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -23,27 +38,101 @@ def load_from_gguf(reference_path: Path, reporter: Reporter) -> tuple[PreTrained
             model = AutoModelForCausalLM.from_pretrained(
                 reference_path.parent, gguf_file=reference_path.name, dtype=torch.float32
             )
-    except (ValueError, NotImplementedError, KeyError) as error:
+    except (
+        Exception
+    ) as error:  # whatever it is: the loaders raise RuntimeError, TypeError, AttributeError, KeyError ...
         architecture = field_value(open_gguf(reference_path), "general.architecture")
-        raise TacqError(
-            f"transformers cannot load a GGUF of architecture '{architecture}' ({str(error).splitlines()[0]}); "
-            "give the model's Hugging Face folder instead."
-        ) from error
+        raise _no_gguf(str(architecture), error) from error
     return model, tokenizer
+
+
+def check_gguf_loads(path: Path, architecture: str) -> None:
+    """Raises TacqError, before anything is copied, if transformers cannot make a config of the GGUF's header."""
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    except Exception as error:  # as in load_from_gguf
+        raise _no_gguf(architecture, error) from error
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise TacqError(
+            f"{path} has the architecture '{architecture}', which transformers cannot run as a causal language model; "
+            "give a language model that writes its text token by token."
+        )
+
+
+def _no_gguf(architecture: str, error: Exception) -> TacqError:
+    return TacqError(
+        f"transformers cannot load a GGUF of architecture '{architecture}' ({reason(error)}); "
+        "give the model's Hugging Face folder instead."
+    )
+
+
+def reason(error: BaseException) -> str:
+    """What a library's exception says, in one line, with its kind where that says more than the text."""
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    plain = isinstance(error, (ValueError, OSError, ImportError, NotImplementedError)) and text
+    return (text if plain else f"{type(error).__name__}: {text}".rstrip(": "))[:300]
+
+
+def load_config(folder: Path, name: str) -> PretrainedConfig:
+    """transformers' config of a folder. name: of the architecture, for the error. Raises TacqError if there is none."""
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except Exception as error:  # an invalid value raises whatever its class raises
+        raise TacqError(
+            f"transformers cannot read the config of {folder}, a {name} ({reason(error)}); use an architecture that it "
+            "knows, update it, or give the model's GGUF."
+        ) from error
+
+
+def auto_class(config: PretrainedConfig) -> Any | None:
+    """transformers' class that loads a language model of that config; None if there is none.
+
+    Some wrappers are in two of its lists, once as the language model alone: that class is for a folder that says so,
+    as it has no place for the wrapper's other tensors.
+    """
+    name = (config.architectures or [None])[0]
+    found = []
+    for mapping, auto in (
+        (MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM),
+        (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoModelForImageTextToText),
+        (MODEL_FOR_MULTIMODAL_LM_MAPPING, AutoModelForMultimodalLM),
+    ):
+        if type(config) in mapping:
+            if mapping[type(config)].__name__ == name:
+                return auto
+            found.append(auto)
+    return found[0] if found else None
 
 
 def load_from_hugging_face(folder: Path, reporter: Reporter) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """(model, tokenizer) of a folder in float32; of a wrapper with a vision or audio part, its language model.
+
+    Raises TacqError, naming the tensor, for what is missing in the checkpoint, left over, or of another shape, and for
+    NaN and infinity; and for whatever transformers cannot load.
+    """
     reporter.say(f"Loading {folder} with transformers ...")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    except (ValueError, KeyError, OSError, ImportError) as error:
+        auto: Any = auto_class(AutoConfig.from_pretrained(folder)) or AutoModelForCausalLM
+        model, info = auto.from_pretrained(
+            # Other shapes are refused by name below, where this switch's error would name none.
+            folder, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+        )  # fmt: skip
+    except Exception as error:  # the loaders raise RuntimeError, TypeError, KeyError ...
         raise TacqError(
-            f"transformers cannot load {folder} as a causal language model ({str(error).splitlines()[0]}); "
+            f"transformers cannot load {folder} as a causal language model ({reason(error)}); "
             "use an architecture that it knows, or update it."
         ) from error
-    _check_finite(model)
-    return model, tokenizer
+    text, path = text_model(model)
+    check_loaded(folder, model, info, path)
+    if text is not model:
+        reporter.say(
+            f"{type(model).__name__} is a language model and more: the language model alone is exported, its vision "
+            "or audio part is not in the file."
+        )
+    _check_finite(text)
+    return text, tokenizer
 
 
 def _check_finite(model: PreTrainedModel) -> None:

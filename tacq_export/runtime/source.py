@@ -112,6 +112,7 @@ def load_patcher() -> tuple[ModuleType, list]:
         path = cpp_ext_dir() / f"{name}.py"
         if name not in sys.modules or getattr(sys.modules[name], "__file__", None) != str(path):
             spec = importlib.util.spec_from_file_location(name, path)
+            assert spec is not None and spec.loader is not None  # a .py file has both
             module = importlib.util.module_from_spec(spec)
             sys.modules[name] = module
             spec.loader.exec_module(module)
@@ -196,7 +197,9 @@ def sync_upstream(work: Path, say: Say) -> None:
                 _, found, inside = member.name.partition("/vendor/llama.cpp/")
                 if not member.isfile() or not found or ".." in inside.split("/"):
                     continue
-                content = archive.extractfile(member).read()
+                stream = archive.extractfile(member)
+                assert stream is not None  # `member` is a file
+                content = stream.read()
                 if inside in by_file:
                     content = patcher.patch_text(content.decode(), by_file.pop(inside)).encode()
                 write_if_changed(tree / inside, content)
