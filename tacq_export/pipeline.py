@@ -14,7 +14,7 @@ import torch
 
 from .calibration.calibrate import Calibration, calibrate, disk_bytes
 from .calibration.score_weights import NEEDS_REFERENCE
-from .config import ExportConfig, parse_size
+from .config import ExportConfig, parse_columns, parse_size
 from .errors import TacqError
 from .files import need_space
 from .format.gguf_file import numpy_shape, open_gguf, raw_bytes, type_named
@@ -23,13 +23,15 @@ from .format.tensor_types import FORMAT_VERSION, TYPES_BY_ID, TYPES_BY_NAME, Ten
 from .format.write_gguf import PlannedTensor, copied, encoded, write_gguf
 from .inputs.link_tensors import LinkedTensor
 from .inputs.load_model import LoadedModel, load_model
-from .inputs.load_task import load_task, tokenize_for_loss
+from .inputs.load_task import load_task
+from .inputs.tokenize_task import tokenize_for_loss, tokens_sha256
 from .planning.plan_types import fixed_types, plan_types, predicted_loss
 from .planning.select_weights import TensorSelection
 from .quantization.quantize_model import gptq_error, head_tensor, quantize_embedding, quantize_matrices, rounding_error
 from .quantization.trial_errors import TRIAL
 from .quantization.tune_vectors import plan_tuning, save_head_inputs, tune_vectors
 from .reporting import Reporter
+from .runtime.run_model import llama_cpp
 from .workdir import WorkDir
 
 
@@ -66,7 +68,8 @@ def export(config: ExportConfig, reporter: Reporter | None = None) -> ExportResu
     reporter = reporter or Reporter()
     started = time.monotonic()
     config.validate()
-    task = load_task(config.task)
+    llama_cpp()  # its vocabulary makes the tokens; what is missing is said before the long work
+    task = load_task(config.task, parse_columns(config.columns), config.n_samples * (2 if config.tune else 1))
     if config.threads:
         torch.set_num_threads(config.threads)
     work = WorkDir.open(config)
@@ -75,12 +78,18 @@ def export(config: ExportConfig, reporter: Reporter | None = None) -> ExportResu
         texts, begins = tokenize_for_loss(config.loss, task, loaded.tokenizer, config.n_samples, config.seq_len)
         fixed, head = fixed_types(loaded, config), head_tensor(loaded)
         tuning = plan_tuning(loaded, task, len(texts), config) if config.tune else None
+        if task.unused:
+            reporter.say(f"Keys of the task's rows that are not read: {', '.join(task.unused)}.")
         reporter.say(describe(loaded, texts, task.name, fixed, config))
     finally:
         if config.dry_run:
             work.remove()
     if config.dry_run:
         return None
+    hashes = {"texts": tokens_sha256(texts, begins)}
+    if tuning:
+        hashes["tuning"] = tokens_sha256(tuning.texts, tuning.begins)
+    work.settle_tokens(hashes, config.resume)
     need_space(
         config.outfile.parent, 1.1e-9 * upper_bound_bytes(loaded), "the output", "give --outfile on a larger disk"
     )

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import gguf
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from ..errors import TacqError
@@ -21,6 +21,7 @@ from ..reporting import Reporter
 from .link_tensors import LinkedTensor, link_tensors
 from .load_torch import load_from_gguf, load_from_hugging_face
 from .make_reference import make_reference
+from .tokenizer import ModelTokenizer
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class LoadedModel:
     order. embedding, head: their own matrices; head is None where it is the embedding (tied)."""
 
     model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: ModelTokenizer
     reference: gguf.GGUFReader
     reference_path: Path
     linear: list[LinkedTensor]
@@ -73,8 +74,9 @@ def load_model(source: str, workdir: Path, device: str, reporter: Reporter) -> L
     target = pick_device(device)
     reference_path = workdir / "reference-f16.gguf"
     folder = make_reference(source, reference_path, reporter)
-    model, tokenizer = load_from_hugging_face(folder, reporter) if folder else load_from_gguf(reference_path, reporter)
+    model = load_from_hugging_face(folder, reporter) if folder else load_from_gguf(reference_path, reporter)
     model.eval().requires_grad_(False)
     reference = open_gguf(reference_path)
+    tokenizer = ModelTokenizer(reference_path, reporter.say, reference)
     linear, embedding, head = link_tensors(model, reference)
     return LoadedModel(model.to(target), tokenizer, reference, reference_path, linear, embedding, head)

@@ -1,4 +1,4 @@
-"""The torch model to calibrate, and its tokenizer, as transformers loads them from a folder or from the float GGUF."""
+"""The torch model to calibrate, as transformers loads them from a folder or from the float GGUF."""
 
 from __future__ import annotations
 
@@ -7,19 +7,18 @@ import io
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..errors import TacqError
 from ..format.gguf_file import field_value, open_gguf
 from ..reporting import Reporter
 
 
-def load_from_gguf(reference_path: Path, reporter: Reporter) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_from_gguf(reference_path: Path, reporter: Reporter) -> PreTrainedModel:
     reporter.say("Loading it with transformers ...")
     try:
         # The float file, not the given one: torch then has the very numbers of the reference.
         with contextlib.redirect_stderr(io.StringIO()):  # its progress bars have no switch
-            tokenizer = AutoTokenizer.from_pretrained(reference_path.parent, gguf_file=reference_path.name)
             model = AutoModelForCausalLM.from_pretrained(
                 reference_path.parent, gguf_file=reference_path.name, dtype=torch.float32
             )
@@ -29,13 +28,12 @@ def load_from_gguf(reference_path: Path, reporter: Reporter) -> tuple[PreTrained
             f"transformers cannot load a GGUF of architecture '{architecture}' ({str(error).splitlines()[0]}); "
             "give the model's Hugging Face folder instead."
         ) from error
-    return model, tokenizer
+    return model
 
 
-def load_from_hugging_face(folder: Path, reporter: Reporter) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_from_hugging_face(folder: Path, reporter: Reporter) -> PreTrainedModel:
     reporter.say(f"Loading {folder} with transformers ...")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     except (ValueError, KeyError, OSError, ImportError) as error:
         raise TacqError(
@@ -43,7 +41,7 @@ def load_from_hugging_face(folder: Path, reporter: Reporter) -> tuple[PreTrained
             "use an architecture that it knows, or update it."
         ) from error
     _check_finite(model)
-    return model, tokenizer
+    return model
 
 
 def _check_finite(model: PreTrainedModel) -> None:
