@@ -234,7 +234,8 @@ class ChatTemplate:
     def _check_complete(self, text: str, messages: list[Message], tools: Sequence[Any], ask: bool) -> None:
         if tools and self._attempt(*messages, ask=ask) == text:
             raise TacqError(
-                "the model's chat template leaves out the tools; use a model whose template has them, or rows without them"
+                "the model's chat template leaves out the tools; use a model whose template has them, or rows without "
+                "tools"
             )
         bare = [{k: v for k, v in message.items() if k != "tool_calls"} for message in messages]
         if bare != messages and self._attempt(*bare, tools=tools, ask=ask) == text:

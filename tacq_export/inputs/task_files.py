@@ -175,7 +175,9 @@ def _csv(path: Path) -> Iterator[tuple[Row, Fail]]:
                     raise fail(f"has {found} fields, and the header {len(header)}")
                 yield row, fail
         except csv.Error as error:
-            raise TacqError(f"{path}, line {reader.line_num}: no row of a table ({error}); correct it.") from None
+            raise TacqError(
+                f"{path}, line {reader.reader.line_num}: no row of a table ({error}); correct it."
+            ) from None
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[Row, Fail]]:
