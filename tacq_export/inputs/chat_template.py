@@ -92,7 +92,7 @@ class ChatTemplate:
         suited = [self._suited(number, dict(message)) for number, message in enumerate(messages, 1)]
         if not self._takes_system:
             suited = self._system_before_user(suited)
-        text = self._filled(suited, tools, ask)
+        text, suited = self._filled(suited, tools, ask)
         self._check_complete(text, suited, tools, ask)
         return text
 
@@ -120,7 +120,8 @@ class ChatTemplate:
         except Exception:
             return None
 
-    def _filled(self, messages: list[Message], tools: Sequence[Any], ask: bool) -> str:
+    def _filled(self, messages: list[Message], tools: Sequence[Any], ask: bool) -> tuple[str, list[Message]]:
+        """The text, and the messages that it is of: with "" for no content where that does better."""
         empty = [m | {"content": ""} if m.get("content") is None else m for m in messages]
         try:
             text = self._fill(messages, tools, ask)
@@ -128,15 +129,15 @@ class ChatTemplate:
             raise
         except Exception as error:  # a program of the model's author may raise anything
             if empty != messages and (text := self._attempt(*empty, tools=tools, ask=ask)) is not None:
-                return text
+                return text, empty
             raise TacqError(
                 f"the model's chat template refuses it ({_one_line(error)}); use roles and turns that it knows"
             ) from None
         if empty != messages:
             other = self._attempt(*empty, tools=tools, ask=ask)
             if other is not None and other.count("None") < text.count("None"):
-                return other
-        return text
+                return other, empty
+        return text, messages
 
     # What the template takes
 

@@ -16,6 +16,7 @@ import pytest
 from tiny_vocab import write_vocab
 
 from tacq_export.errors import TacqError
+from tacq_export.inputs.chat_template import ChatTemplate
 from tacq_export.inputs.load_task import load_task
 from tacq_export.inputs.tokenize_task import tokenize_for_loss, tokenize_task
 from tacq_export.inputs.tokenizer import MARGIN, ModelTokenizer
@@ -172,8 +173,20 @@ def ask(port: int, path: str, body: dict) -> dict:
         return json.load(reply)
 
 
-def test_a_conversation_has_the_ids_that_llama_server_makes(tiny_gguf, tmp_path):
-    """Its /apply-template and /tokenize; the template of the tiny model writes no BOS, and the vocabulary wants one."""
+SERVED = [
+    None,
+    "google-gemma-2-2b-it",
+    "deepseek-ai-DeepSeek-R1-Distill-Qwen-32B",
+    "Qwen3-Coder",
+    "mistralai-Mistral-Nemo-Instruct-2407",
+    "microsoft-Phi-3.5-mini-instruct",
+]
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_a_conversation_has_the_ids_that_llama_server_makes(tiny_gguf, vocabularies, tmp_path, name):
+    """Its /apply-template and /tokenize. The template of the tiny model writes no BOS, and the vocabulary wants one;
+    others are llama.cpp's copies of well-known ones."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -183,7 +196,9 @@ def test_a_conversation_has_the_ids_that_llama_server_makes(tiny_gguf, tmp_path)
         {"role": "assistant", "content": "two  apples\n"},
         {"role": "user", "content": "<s>and now?</s>"},
     ]
+    template = vocabularies / "templates" / f"{name}.jinja"
     command = [str(tool("llama-server")), "-m", str(tiny_gguf), "--port", str(port), "-t", "1", "-c", "128", "-np", "1"]
+    command += ["--chat-template-file", str(template)] if name else []
     with (tmp_path / "log").open("w") as log, subprocess.Popen(command, stdout=log, stderr=log) as server:
         try:
             for _ in range(600):
@@ -198,7 +213,9 @@ def test_a_conversation_has_the_ids_that_llama_server_makes(tiny_gguf, tmp_path)
         finally:
             server.kill()
     tokenizer = ModelTokenizer(tiny_gguf)
-    assert tokenizer.render(messages, ask=True) == text
+    if name:
+        tokenizer.chat_template = ChatTemplate(template.read_text(), "<s>", "</s>")
+    assert tokenizer.render(messages, ask=True).removeprefix("<s>") == text
     assert tokenizer.encode_chat(messages, ask=True) == wanted and wanted[0] == 1 and wanted.count(1) == 2
 
 
