@@ -21,7 +21,9 @@ from tacq_export.evaluation.emulate_stock import emulated_types, ggml_quantize, 
 from tacq_export.evaluation.score_task import TaskScore, wilson
 from tacq_export.evaluation.verify import compare_models
 from tacq_export.format.inspect_gguf import inspect_gguf
-from tacq_export.inputs.load_task import gguf_tokenizer, load_task, tokenize_for_loss, tokenize_task
+from tacq_export.inputs.load_task import load_task
+from tacq_export.inputs.tokenize_task import tokenize_for_loss, tokenize_task
+from tacq_export.inputs.tokenizer import ModelTokenizer
 from tacq_export.pipeline import export
 from tacq_export.reporting import Reporter
 
@@ -76,7 +78,7 @@ def compared(config):
 def test_rows_of_a_comparison(config, compared, ours):
     reference, mine, *stock = compared
     full = config.workdir / "reference-f16.gguf"
-    texts = tokenize_task(load_task(config.task), gguf_tokenizer(full), config.n_eval, 2048)
+    texts = tokenize_task(load_task(config.task), ModelTokenizer(full), config.n_eval, 2048)
     assert [row.kind for row in compared] == ["reference", "ours", "stock", "stock"]
     assert (
         (reference.kl, reference.top1, reference.wikitext2_kl) == (0, 1, 0)
@@ -155,7 +157,7 @@ def test_a_second_comparison_measures_only_what_is_new(config, compared, monkeyp
 def test_answers_alone_are_measured(config, compared, ours):
     """Beside the same file's whole texts, in the same work folder."""
     full = config.workdir / "reference-f16.gguf"
-    texts, begins = tokenize_for_loss("answer", load_task(config.task), gguf_tokenizer(full), config.n_eval, 2048)
+    texts, begins = tokenize_for_loss("answer", load_task(config.task), ModelTokenizer(full), config.n_eval, 2048)
     reference, mine = compare_stock(replace(config, types=(), text=None, loss="answer"), Reporter())
     assert mine.n_tokens == reference.n_tokens == sum(map(len, texts)) - sum(begins) < compared[1].n_tokens
     assert mine.kl == pytest.approx(
