@@ -1,4 +1,4 @@
-"""The tokens that are calibrated on are part of what a work folder is of: others calibrate again, not resumed."""
+"""The tokens that are calibrated on are part of what a work folder is of: with others it calibrates again."""
 
 from __future__ import annotations
 

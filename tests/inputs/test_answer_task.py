@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
+import transformers
+from tiny_hf import VOCAB, write_model_folder
 
 from tacq_export import cli
 from tacq_export.errors import TacqError
@@ -121,7 +123,35 @@ def test_a_template_that_cuts_the_answer_changes_nothing(cutting, task, tmp_path
         assert example.messages[-1]["content"] not in tokenizer.render(example.messages), "the template does cut it"
 
 
-def test_tools_are_written_with_the_answers_and_columns_are_read(model, tmp_path, capsys):
+def small(**more) -> dict:
+    sizes = {"vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
+    return sizes | {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128} | more
+
+
+@pytest.mark.parametrize("name", ["SmolLM3", "Granite"])
+def test_models_whose_gguf_transformers_cannot_read_are_answered(name, runtime, tmp_path):
+    """The tokenizer of their GGUF, that is; the tiny model knows no end, so that is where it stops."""
+    config = getattr(transformers, name + "Config")(**small(bos_token_id=1, eos_token_id=2, pad_token_id=0))
+    model = getattr(transformers, name + "ForCausalLM")(config)
+    write_model_folder(tmp_path / "model", "", model=model)
+    task = tmp_path / "task.jsonl"
+    task.write_text(json.dumps(ROWS[0]) + "\n")
+    with pytest.raises(TacqError, match="None of 1 answers ended within 4 tokens"):
+        answer_task(str(tmp_path / "model"), task, tmp_path / "own.jsonl", 1, 4, 1, Reporter())
+
+
+def test_tools_that_the_template_leaves_out_name_the_example(model, task, tmp_path):
+    rows = [json.loads(line) for line in task.read_text().splitlines()]
+    rows[1]["tools"] = [{"type": "function", "function": {"name": "f"}}]
+    task.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(
+        TacqError, match="^Example 2 of the task 'task': the model's chat template leaves out the tools"
+    ):
+        answer_task(str(model), task, tmp_path / "own.jsonl", 3, 4, 1, Reporter())
+    assert [path.name for path in tmp_path.iterdir()] == ["task.jsonl"]
+
+
+def test_columns_of_a_table_are_read(model, tmp_path, capsys):
     table, outfile = tmp_path / "t.csv", tmp_path / "own.jsonl"
     table.write_text("Q,A,extra\nSay only the word yes.,yes,1\n")
     command = ["answer", str(model), "--task", str(table), "--outfile", str(outfile), "--threads", "1"]
