@@ -31,7 +31,6 @@ from .quantization.quantize_model import gptq_error, head_tensor, quantize_embed
 from .quantization.trial_errors import TRIAL
 from .quantization.tune_vectors import plan_tuning, save_head_inputs, tune_vectors
 from .reporting import Reporter
-from .runtime.run_model import llama_cpp
 from .workdir import WorkDir
 
 
@@ -68,7 +67,6 @@ def export(config: ExportConfig, reporter: Reporter | None = None) -> ExportResu
     reporter = reporter or Reporter()
     started = time.monotonic()
     config.validate()
-    llama_cpp()  # its vocabulary makes the tokens; what is missing is said before the long work
     task = load_task(config.task, parse_columns(config.columns), config.n_samples * (2 if config.tune else 1))
     if config.threads:
         torch.set_num_threads(config.threads)

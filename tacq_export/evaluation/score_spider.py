@@ -89,7 +89,7 @@ def run_query(database: sqlite3.Connection, query: str) -> list[Row]:
         return steps > _MOST_STEPS
 
     if hasattr(database, "setlimit"):  # Python 3.11
-        database.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _MOST_BYTES)
+        database.setlimit(getattr(sqlite3, "SQLITE_LIMIT_LENGTH"), _MOST_BYTES)  # noqa: B009
     database.set_authorizer(lambda action, *_: sqlite3.SQLITE_OK if action in _ALLOWED else sqlite3.SQLITE_DENY)
     database.set_progress_handler(count, 10_000)
     try:
@@ -153,7 +153,10 @@ def _order_of(query: str) -> _Order | None:
     if end < len(query) and query[end] != ";" and not numbers:
         return None
     commas = [offset for word, offset in top if word == "," and at["order"] < offset < end]
-    begin = at["order"] + re.match(r"order\s+by", query[at["order"] :], re.I).end()
+    by = re.match(r"order\s+by", query[at["order"] :], re.I)
+    if not by:
+        return None
+    begin = at["order"] + by.end()
     keys = [query[a:b] for a, b in zip([begin, *(c + 1 for c in commas)], [*commas, end], strict=False)]
     keys = [re.sub(r"\s+(asc|desc)\s*$", "", key.rstrip(), flags=re.I).strip() for key in keys]
     if any(re.fullmatch(r"\d+", key) for key in keys):

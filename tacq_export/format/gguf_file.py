@@ -17,16 +17,11 @@ class _Reader(gguf.GGUFReader):
     claims. And it takes a slice of a numpy.memmap for every token and merge of a vocabulary, which costs six times as
     much as one of an array over the same memory."""
 
-    @property
-    def data(self) -> np.ndarray:
-        """uint8 [bytes of the file], memory-mapped."""
-        return self._bytes
-
-    @data.setter
-    def data(self, mapped: np.memmap) -> None:
-        self._bytes = np.asarray(mapped)
+    _bytes: np.ndarray | None = None  # uint8 [bytes of the file], over the memory map
 
     def _get(self, offset, dtype, count=1, override_order=None):
+        if self._bytes is None:
+            self._bytes = np.asarray(self.data)
         kind, begin = np.dtype(dtype), int(offset)
         end = begin + int(count) * kind.itemsize
         if end > len(self._bytes):

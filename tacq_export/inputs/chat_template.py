@@ -128,8 +128,8 @@ class ChatTemplate:
         except TacqError:
             raise
         except Exception as error:  # a program of the model's author may raise anything
-            if empty != messages and (text := self._attempt(*empty, tools=tools, ask=ask)) is not None:
-                return text, empty
+            if empty != messages and (other := self._attempt(*empty, tools=tools, ask=ask)) is not None:
+                return other, empty
             raise TacqError(
                 f"the model's chat template refuses it ({_one_line(error)}); use roles and turns that it knows"
             ) from None
