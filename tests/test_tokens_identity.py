@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from tiny_hf import Listener
 
 import tacq_export.calibration.calibrate
 import tacq_export.quantization.quantize_model
@@ -112,6 +113,13 @@ def test_work_that_was_interrupted_before_its_tokens_were_known_is_resumed(tmp_p
     work = work_of(tmp_path, None, calibrated=False)
     work.settle_tokens({"texts": "a"}, resume=True)
     assert json.loads((work.path / "calibration.json").read_text())["tokens"] == {"texts": "a"}
+
+
+def test_keys_that_are_not_read_are_said(config, task):
+    task.write_text(SQL.replace("{", '{"difficulty": "easy", "id": 7, ', 1) * 2)
+    heard = Listener()
+    export(config(dry_run=True), heard)
+    assert "Keys of the task's rows that are not read: difficulty, id." in heard.lines
 
 
 def test_a_template_that_changed_calibrates_again(config, tmp_path, monkeypatch):

@@ -239,7 +239,8 @@ class ChatTemplate:
                 "tools"
             )
         bare = [{k: v for k, v in message.items() if k != "tool_calls"} for message in messages]
-        if bare != messages and self._attempt(*bare, tools=tools, ask=ask) == text:
+        called = any(message.get("tool_calls") for message in messages)
+        if called and self._attempt(*bare, tools=tools, ask=ask) == text:
             raise TacqError(
                 "the model's chat template leaves out the tool calls; use a model whose template has them, or rows "
                 "without"

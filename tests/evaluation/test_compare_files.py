@@ -4,6 +4,7 @@ interruption."""
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 
 import gguf
@@ -152,6 +153,15 @@ def test_a_second_comparison_measures_only_what_is_new(config, compared, monkeyp
     more = compare_stock(replace(config, types=("Q2_K", "Q5_0", "Q4_0"), text=None), Reporter())
     assert seen == ["q5_0-tacq4-tacq4.gguf"]
     assert [row.name for row in more] == ["reference, F16", "small", "Q2_K", "Q4_0", "Q5_0"], "stock files by size"
+
+
+def test_stock_files_of_another_calibration_text_are_not_used(config, compared, tmp_path):
+    """The text changes with the chat template and the schemas, which the task file does not show."""
+    shutil.copytree(config.workdir, tmp_path / "work")
+    text = tmp_path / "work" / "task.imatrix.txt"
+    text.write_text("so: " + text.read_text())
+    with pytest.raises(TacqError, match="work holds another comparison .the model's chat template or the schemas"):
+        compare_stock(replace(config, workdir=tmp_path / "work"), Reporter())
 
 
 def test_answers_alone_are_measured(config, compared, ours):

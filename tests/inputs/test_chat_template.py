@@ -130,6 +130,7 @@ def test_what_a_template_would_leave_out_is_refused(shipped):
     r1 = shipped("deepseek-ai-DeepSeek-R1-Distill-Qwen-32B")
     refused("the model's chat template leaves out the tools", r1, [USER, ASSISTANT], TOOLS)
     refused("the model's chat template leaves out the tool calls", ChatTemplate(CHAT), [USER, call("{}"), USER])
+    assert ChatTemplate(CHAT).render([USER, ASSISTANT | {"tool_calls": []}]) == "<user>Hi\n<assistant>Hello.\n"
     two = "{% for m in messages if m.role in ['user', 'assistant'] %}<{{ m.role }}>{{ m.content }}{% endfor %}"
     tool = {"role": "tool", "content": "sunny"}
     refused(
