@@ -19,7 +19,7 @@ from .cli_options import (
     runtime_parser,
     verify_parser,
 )
-from .config import ExportConfig
+from .config import ExportConfig, parse_columns
 from .console import ConsoleReporter, guarded, wait_passively
 from .errors import TacqError, check_system
 from .reporting import Reporter
@@ -64,9 +64,16 @@ def run_answer(argv: list[str], prog: str) -> None:
     args = answer_parser(prog).parse_args(argv)
     from .inputs.answer_task import answer_task
 
-    outfile = checked_outfile(args)
+    outfile, columns = checked_outfile(args), parse_columns(args.columns)
     written, cut = answer_task(
-        args.model, Path(args.task), outfile, args.n_samples, args.n_predict, args.threads, ConsoleReporter()
+        args.model,
+        Path(args.task),
+        outfile,
+        args.n_samples,
+        args.n_predict,
+        args.threads,
+        ConsoleReporter(),
+        columns=columns,
     )
     print(
         f"{outfile}: {written} answers"
@@ -119,6 +126,9 @@ def run_verify(argv: list[str], prog: str) -> None:
         )
     if args.text and args.loss == "answer":
         raise TacqError("A plain text has no answers; use --loss answer with --task FILE.")
+    columns = parse_columns(args.columns)
+    if columns and not args.task:
+        raise TacqError("--columns is about the task file; give it with --task FILE.")
     from .runtime.decode_in_c import check_decoding
 
     reporter = ConsoleReporter()
@@ -129,14 +139,16 @@ def run_verify(argv: list[str], prog: str) -> None:
 
         shown = lambda done, total: reporter.progress(done, total, "measuring")  # noqa: E731
         if args.task:
-            from .inputs.load_task import gguf_tokenizer, load_task, tokenize_for_loss
+            from .inputs.load_task import load_task
+            from .inputs.tokenize_task import tokenize_for_loss
+            from .inputs.tokenizer import ModelTokenizer
 
-            texts, begins = tokenize_for_loss(
-                args.loss, load_task(Path(args.task)), gguf_tokenizer(args.against), args.n_samples, 2048
-            )
+            task = load_task(Path(args.task), columns, args.n_samples)
+            tokenizer = ModelTokenizer(args.against, reporter.say)
+            texts, begins = tokenize_for_loss(args.loss, task, tokenizer, args.n_samples, 2048)
             quality = compare_models(args.against, args.file, texts, args.threads, shown, begins=begins)
         else:
-            from .inputs.load_task import read_text
+            from .inputs.task_files import read_text
 
             quality = compare_on_text(
                 args.against, args.file, read_text(Path(args.text)), 512, args.n_samples, args.threads, shown
@@ -187,6 +199,7 @@ def run_compare(argv: list[str], prog: str) -> None:
         args.embedding_type,
         args.embedding_type,
         args.threads,
+        parse_columns(args.columns),
     )
     with claimed(config.workdir, f"compares files of {args.model}"):
         rows = compare_stock(config, ConsoleReporter())

@@ -30,6 +30,7 @@ COMMANDS = {
     "dequantize": "write a GGUF that stock llama.cpp reads",
     "runtime": "build llama.cpp with our types, or say where the build is",
 }
+COLUMNS = "columns of the task file that hold the keys expected, such as prompt=Q,completion=A"
 # What --outtype takes: the stock types that gguf-py can write.
 STOCK_TYPES = [t for t in EMBEDDING_TYPES if t not in BASE_TYPES]
 
@@ -55,7 +56,11 @@ def export_parser(prog: str) -> argparse.ArgumentParser:
         parser.add_argument(*flags, **settings)
 
     add("model", metavar="MODEL", help="Hugging Face folder or hub id, or GGUF file")
-    add("--task", required=True, metavar="FILE", help="calibration set: examples of the task, JSONL or plain text")
+    add(
+        "--task", required=True, metavar="FILE",
+        help="calibration set: examples of the task, JSONL, JSON, CSV, Parquet or plain text",
+    )  # fmt: skip
+    add("--columns", metavar="K=C,K=C", help=COLUMNS)
     parser.add_argument("--outfile", metavar="OUT.gguf", help="default: MODEL's name with the task's")
     add("--target-bpw", type=float, metavar="B", help=f"most bits per weight of the matrices (default {DEFAULT_BPW})")
     add("--target-size", metavar="S", help="most bytes of the whole file instead: 350M, 1.2G, 512MiB")
@@ -98,6 +103,7 @@ def answer_parser(prog: str) -> argparse.ArgumentParser:
     add = parser.add_argument
     add("model", metavar="MODEL", help="Hugging Face folder or hub id, or GGUF file")
     add("--task", required=True, metavar="FILE", help="examples with questions and answers, as for the export")
+    add("--columns", metavar="K=C,K=C", help=COLUMNS)
     add("--outfile", required=True, metavar="OUT.jsonl")
     add("--n-samples", type=positive, default=128, metavar="N", help="answer the first N examples (default 128)")
     add("--n-predict", type=positive, default=512, metavar="N", help="leave out answers of N tokens (default 512)")
@@ -119,6 +125,7 @@ def verify_parser(prog: str) -> argparse.ArgumentParser:
     add("file", metavar="FILE")
     add("--against", metavar="REF", help="GGUF of the same model to compare with, such as the F16 original")
     add("--task", metavar="FILE", help="examples to compare on (not those of the calibration), as for the export")
+    add("--columns", metavar="K=C,K=C", help=COLUMNS)
     add("--loss", choices=LOSSES, default="text", help="tokens that count: all, or the answers' alone (default text)")
     add("--text", metavar="FILE", help="plain text to compare on, in windows of 512 tokens")
     add("--n-samples", type=positive, default=24, metavar="N", help="examples or windows (default 24)")
@@ -137,6 +144,7 @@ def compare_parser(prog: str) -> argparse.ArgumentParser:
     add("model", metavar="MODEL", help="Hugging Face folder, hub id or GGUF; at F16 it is the reference")
     add("--task", required=True, metavar="FILE", help="the calibration set; stock types get their imatrix from it")
     add("--eval", required=True, metavar="FILE", help="other examples, to measure KL, perplexity and top-1 on")
+    add("--columns", metavar="K=C,K=C", help=COLUMNS + ", and of --eval")
     add("--file", action="append", metavar="OURS.gguf", help="our file, any number; one is exported unless given")
     add("--types", metavar="T,T", help="stock types; the two nearest in file size unless given")
     add("--emulate", metavar="T,T", help="stock types measured as if they could hold every width, such as Q2_K,Q3_K_M")

@@ -20,6 +20,25 @@ LOSSES = ("text", "answer")
 BASE_TYPES = ("tacq2", "tacq3", "tacq4")
 # What the token embedding and the output head may be stored as: ours, and the stock types that gguf-py can write.
 EMBEDDING_TYPES = (*BASE_TYPES, "f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
+# What the rows of a task may have (inputs/load_task.py).
+COLUMN_KEYS = (
+    "prompt",
+    "completion",
+    "question",
+    "answer",
+    "query",
+    "schema",
+    "db_id",
+    "instruction",
+    "input",
+    "output",
+    "history",
+    "messages",
+    "conversations",
+    "text",
+    "system",
+    "tools",
+)
 # Bits per weight of the linear matrices unless another option says how large the file is to be.
 DEFAULT_BPW = 2.45
 DEFAULT_EMBEDDING_TYPE = "tacq4"
@@ -37,7 +56,7 @@ _UNITS = {
 }
 
 
-def parse_size(text: str) -> int:
+def parse_size(text: str | int) -> int:
     """Bytes of '350M', '1.2GiB', '48500000'; k, M, G count in thousands. Raises TacqError for anything else."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", str(text).lower())
     if not match or match[2] not in _UNITS or not 1 <= float(match[1]) * _UNITS[match[2]] < 1e15:
@@ -45,12 +64,30 @@ def parse_size(text: str) -> int:
     return math.floor(float(match[1]) * _UNITS[match[2]])
 
 
+def parse_columns(text: str | None) -> dict[str, str]:
+    """{key of a task's rows: column of the file} of 'prompt=Q,completion=A'; {} for None. Raises TacqError for anything
+    else."""
+    columns: dict[str, str] = {}
+    for pair in text.split(",") if text is not None else ():
+        key, equals, column = (part.strip() for part in pair.partition("="))
+        if not equals or not column or key not in COLUMN_KEYS:
+            raise TacqError(
+                f"--columns has '{pair}', expected KEY=COLUMN pairs such as prompt=Q,completion=A, with the keys "
+                f"{', '.join(COLUMN_KEYS)}."
+            )
+        if key in columns:
+            raise TacqError(f"--columns names '{key}' twice; give it once.")
+        columns[key] = column
+    return columns
+
+
 @dataclass(frozen=True)
 class ExportConfig:
     """Options of `export`; the command line's flags have the same names.
 
     model: Hugging Face directory or hub id, or GGUF file.
-    task: JSONL or text file of examples.
+    task: JSONL, JSON, CSV, Parquet or text file of examples.
+    columns: which columns of it mean what, as 'prompt=Q,completion=A'; None if it has the names that are expected.
     outfile: GGUF to write.
     score: one of SCORES (score_weights.py has the formulas).
     reference: how Q(W) of the score is made, `rtn` or `gptq`.
@@ -113,6 +150,7 @@ class ExportConfig:
     resume: bool = False
     force: bool = False
     dry_run: bool = False
+    columns: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "model", str(self.model))  # a Path is as good
@@ -158,6 +196,7 @@ class ExportConfig:
         if self.no_kept and self.ratio:
             raise TacqError(f"--ratio {self.ratio:g} keeps weights and --no-kept keeps none; give one of them.")
         self.fixed_types()
+        parse_columns(self.columns)
         if self.target_size is not None:
             parse_size(self.target_size)
         if self.ratio is not None and not 0 <= self.ratio <= 0.05:

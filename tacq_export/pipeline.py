@@ -15,7 +15,7 @@ import torch
 
 from .calibration.calibrate import Calibration, calibrate, disk_bytes
 from .calibration.score_weights import NEEDS_REFERENCE
-from .config import ExportConfig, parse_size
+from .config import ExportConfig, parse_columns, parse_size
 from .errors import TacqError
 from .files import claimed, need_space
 from .format.gguf_file import numpy_shape, open_gguf, raw_bytes, type_named
@@ -25,13 +25,15 @@ from .format.write_gguf import PlannedTensor, copied, encoded, write_gguf
 from .inputs.check_source import check_source
 from .inputs.link_tensors import LinkedTensor
 from .inputs.load_model import LoadedModel, load_model, pick_device
-from .inputs.load_task import load_task, tokenize_for_loss
+from .inputs.load_task import load_task
+from .inputs.tokenize_task import tokenize_for_loss, tokens_sha256
 from .planning.plan_types import fixed_types, plan_types, predicted_loss
 from .planning.select_weights import TensorSelection
 from .quantization.quantize_model import gptq_error, head_tensor, quantize_embedding, quantize_matrices, rounding_error
 from .quantization.trial_errors import TRIAL
 from .quantization.tune_vectors import plan_tuning, save_head_inputs, tune_vectors
 from .reporting import Reporter
+from .runtime.build import runtime_path
 from .workdir import WorkDir
 
 
@@ -75,16 +77,19 @@ def export(config: ExportConfig, reporter: Reporter | None = None) -> ExportResu
 def _export(config: ExportConfig, reporter: Reporter) -> ExportResult | None:
     """The steps, when no other export works in the same folder."""
     started = time.monotonic()
-    task = load_task(config.task)
+    task = load_task(config.task, parse_columns(config.columns), config.n_samples * (2 if config.tune else 1))
     if config.threads:
         torch.set_num_threads(config.threads)
     source = check_source(config.model, reporter)  # before there is a work folder
+    runtime_path()  # tokens are llama.cpp's
     work = WorkDir.open(config)
     try:
         loaded = load_model(source, work.path, config.device, reporter)
         texts, begins = tokenize_for_loss(config.loss, task, loaded.tokenizer, config.n_samples, config.seq_len)
         fixed, head = fixed_types(loaded, config), head_tensor(loaded)
         tuning = plan_tuning(loaded, task, len(texts), config) if config.tune else None
+        if task.unused:
+            reporter.say(f"Keys of the task's rows that are not read: {', '.join(task.unused)}.")
         reporter.say(describe(loaded, texts, task.name, fixed, config))
     except BaseException:
         work.discard()  # nothing was computed yet that would be worth keeping
@@ -92,6 +97,10 @@ def _export(config: ExportConfig, reporter: Reporter) -> ExportResult | None:
     if config.dry_run:
         work.remove()
         return None
+    hashes = {"texts": tokens_sha256(texts, begins)}
+    if tuning:
+        hashes["tuning"] = tokens_sha256(tuning.texts, tuning.begins)
+    work.settle_tokens(hashes, config.resume)
     need_space(
         config.outfile.parent, 1.1e-9 * upper_bound_bytes(loaded), "the output", "give --outfile on a larger disk"
     )

@@ -2,7 +2,7 @@
 
 state.json            what this work is of; --resume goes on only with the very same
 reference-f16.gguf    the model before quantization (load_model.py)
-calibration/          gradients and Hessians (calibrate.py), and calibration.json: what they are of
+calibration/          gradients and Hessians (calibrate.py), and calibration.json: what they are of, tokens included
 selection.pt          type and kept weights of every tensor
 tensors/NAME.bin      bytes of a finished tensor, with its type, and its error and count, in NAME.json
 """
@@ -10,7 +10,6 @@ tensors/NAME.bin      bytes of a finished tensor, with its type, and its error a
 from __future__ import annotations
 
 import glob
-import hashlib
 import json
 import os
 import re
@@ -23,7 +22,7 @@ import torch
 from .calibration.calibrate import CALIBRATION_VERSION
 from .config import ExportConfig
 from .errors import TacqError
-from .files import written_atomically
+from .files import file_sha256, written_atomically
 from .format.tensor_types import FORMAT_VERSION, TYPES_BY_NAME
 from .planning.select_weights import TensorSelection
 
@@ -46,7 +45,7 @@ class WorkDir:
         versions = {"format_version": FORMAT_VERSION, "calibration_version": CALIBRATION_VERSION}
         state = versions | {
             "model": _identity(config.model),
-            "task": _sha256(config.task),
+            "task": file_sha256(config.task),
             "options": config.fingerprint(),
         }
         marker = path / "state.json"
@@ -68,7 +67,7 @@ class WorkDir:
         try:
             found = {"state.json"} if marker.is_file() else set()
             existed = path.is_dir()
-            _clear(path, calibration)
+            calibration |= {"tokens": _clear(path, calibration)}
             found |= {entry.name for entry in path.iterdir()} if existed else set()
             (path / "tensors").mkdir(parents=True)
             (path / "calibration").mkdir(exist_ok=True)
@@ -83,6 +82,28 @@ class WorkDir:
     @property
     def calibration(self) -> Path:
         return self.path / "calibration"
+
+    def settle_tokens(self, tokens: dict[str, str], resume: bool) -> None:
+        """Take note of the token lists that are calibrated on: {what for: their sha256}. A calibration of others is
+        removed; they change with the model's chat template and tokenizer and with what stands beside the task file.
+
+        Raises TacqError if such a calibration is to be resumed.
+        """
+        marker = self.path / "calibration.json"
+        identity = json.loads(marker.read_text())
+        earlier = identity.get("tokens") or {}
+        changed = any(earlier.get(key, now) != now for key, now in tokens.items())
+        if changed or (not earlier and any(self.calibration.iterdir())):
+            if resume:
+                raise TacqError(
+                    f"The unfinished export in {self.path} was calibrated on other tokens: the model's chat template "
+                    "or tokenizer, the schemas of the task, or this program has changed; run without --resume."
+                )
+            shutil.rmtree(self.calibration)
+            self.calibration.mkdir()
+            earlier = {}
+        with written_atomically(marker) as partial:
+            partial.write_text(json.dumps(identity | {"tokens": earlier | tokens}, indent=1))
 
     def load_selection(self) -> dict[str, TensorSelection] | None:
         """What `save_selection` saved, None if it was not reached."""
@@ -139,17 +160,20 @@ class WorkDir:
         return self.path / "tensors" / (name + ending)
 
 
-def _clear(path: Path, calibration: dict) -> None:
+def _clear(path: Path, calibration: dict) -> dict[str, str]:
     """Remove an earlier export from a work folder, but for the calibration if it is the same as this one's: exports of
-    several sizes into one --workdir calibrate once."""
+    several sizes into one --workdir calibrate once. Returns what tokens that is of."""
     try:
-        same = json.loads((path / "calibration.json").read_text()) == calibration
-    except (OSError, ValueError):
-        same = False
+        earlier = json.loads((path / "calibration.json").read_text())
+        tokens = earlier.pop("tokens", None) or {}
+        same = earlier == calibration
+    except (OSError, ValueError, AttributeError):
+        same, tokens = False, {}
     for entry in sorted(path.iterdir()) if path.is_dir() else []:
         if same and entry.name in ("calibration", "calibration.json"):
             continue
         shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    return tokens if same else {}
 
 
 def _read_state(marker: Path) -> dict:
@@ -167,10 +191,6 @@ def _difference(earlier: dict, state: dict) -> str:
     changed = [f"{key}: then {before.get(key)}, now {now[key]}" for key in now if before.get(key) != now[key]]
     changed += [f"the files of the {key} have changed" for key in ("model", "task") if earlier.get(key) != state[key]]
     return changed[0] if changed else "" if earlier == state else "of another version of this program"
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _identity(model: str) -> list:

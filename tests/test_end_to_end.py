@@ -19,7 +19,9 @@ from tacq_export.evaluation.verify import compare_models, summarize, token_stati
 from tacq_export.format.gguf_file import field_value, open_gguf, tensor_values
 from tacq_export.format.inspect_gguf import density_picture, inspect_gguf
 from tacq_export.format.tensor_types import TYPES_BY_NAME
-from tacq_export.inputs.load_task import gguf_tokenizer, load_task, tokenize_task
+from tacq_export.inputs.load_task import load_task
+from tacq_export.inputs.tokenize_task import tokenize_task
+from tacq_export.inputs.tokenizer import ModelTokenizer
 from tacq_export.runtime.llama_logits import CHUNK, LlamaLogits
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -66,7 +68,7 @@ def reference(exported) -> Path:
 
 @pytest.fixture(scope="module")
 def texts(reference) -> list[list[int]]:
-    return tokenize_task(load_task(HELD_OUT), gguf_tokenizer(reference), 6, 2048)
+    return tokenize_task(load_task(HELD_OUT), ModelTokenizer(reference), 6, 2048)
 
 
 @pytest.fixture(scope="module")

@@ -43,8 +43,10 @@ wait_passively()  # before torch is imported
 from tacq_export.config import SCORES, ExportConfig  # noqa: E402
 from tacq_export.evaluation.verify import compare_models  # noqa: E402
 from tacq_export.files import written_atomically  # noqa: E402
-from tacq_export.inputs.load_task import gguf_tokenizer, load_task, render_example, tokenize_task  # noqa: E402
+from tacq_export.inputs.load_task import load_task  # noqa: E402
 from tacq_export.inputs.make_reference import make_reference  # noqa: E402
+from tacq_export.inputs.tokenize_task import render_example, tokenize_task  # noqa: E402
+from tacq_export.inputs.tokenizer import ModelTokenizer  # noqa: E402
 from tacq_export.pipeline import export  # noqa: E402
 
 TOOLS = Path(__file__).resolve().parent
@@ -150,7 +152,7 @@ def run(args: argparse.Namespace) -> None:
     reference = work / "reference.gguf"
     if not reference.is_file():
         make_reference(model, reference, reporter)
-    tokenizer = gguf_tokenizer(reference)
+    tokenizer = ModelTokenizer(reference)
     texts = {
         "gsm8k": tokenize_task(
             load_task(args.data / "gsm8k" / "test.jsonl" if args.data else DATA / "gsm8k-test-24.jsonl"),

@@ -38,7 +38,8 @@ from tacq_export.calibration.collect_inputs import collect_inputs, group_by_inpu
 from tacq_export.format.block_codec import CODECS  # noqa: E402
 from tacq_export.format.tensor_types import GROUP_SIZE  # noqa: E402
 from tacq_export.inputs.load_model import load_model  # noqa: E402
-from tacq_export.inputs.load_task import load_task, tokenize_task  # noqa: E402
+from tacq_export.inputs.load_task import load_task  # noqa: E402
+from tacq_export.inputs.tokenize_task import tokenize_task  # noqa: E402
 from tacq_export.quantization.fit_groups import dequantize_groups, round_to_nearest  # noqa: E402
 from tacq_export.reporting import Reporter  # noqa: E402
 

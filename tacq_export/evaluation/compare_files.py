@@ -81,6 +81,7 @@ def run_tool(command: list[str], reporter: Reporter, what: str, step: str, total
     with subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     ) as process:
+        assert process.stdout is not None  # a pipe
         while piece := os.read(process.stdout.fileno(), 4096):
             log += piece
             recent = log[-8192:].decode(errors="replace")

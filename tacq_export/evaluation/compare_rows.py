@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 from ..errors import TacqError
@@ -156,9 +157,7 @@ def table(rows: Sequence[Row]) -> list[str]:
         ("top-1", 7, lambda r: _number(r.top1, 3)),
     ]
     columns += [
-        (task, 21, lambda r, task=task: _score(r, task))
-        for task in TASKS
-        if any(getattr(r, task) is not None for r in rows)
+        (task, 21, partial(_score, task=task)) for task in TASKS if any(getattr(r, task) is not None for r in rows)
     ]
     if any(row.wikitext2_ppl is not None for row in rows):
         columns.append(("ppl, general text", 18, lambda r: _number(r.wikitext2_ppl, 2)))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -19,18 +19,12 @@ from pathlib import Path
 from ..errors import TacqError
 from ..files import file_sha256, written_atomically
 from ..format.inspect_gguf import inspect_gguf
-from ..inputs.load_task import (
-    SCHEMAS,
-    Example,
-    Task,
-    gguf_tokenizer,
-    load_task,
-    read_text,
-    render_example,
-    require_answers,
-    tokenize_for_loss,
-)
+from ..inputs.load_task import Example, Task, load_task
 from ..inputs.make_reference import make_reference
+from ..inputs.sql_schema import SCHEMAS
+from ..inputs.task_files import PlainText, read_text
+from ..inputs.tokenize_task import calibration_text, require_answers, tokenize_for_loss
+from ..inputs.tokenizer import ModelTokenizer
 from ..reporting import Reporter
 from ..runtime.build import runtime_path
 from .compare_files import (
@@ -84,7 +78,7 @@ class CompareConfig:
     of our files (compare_files.py has the rule), () none.  emulate: stock types as if they could hold every width
     (emulate_stock.py).  text: general text, `n_windows` windows of 512 tokens.  scoring: scores of the task itself.
     embedding_type, head_type: of the stock files; None means what our
-    file has (TACQ4 without one).
+    file has (TACQ4 without one).  columns: which columns of task and held_out mean what (load_task.py).
     """
 
     model: str
@@ -103,6 +97,7 @@ class CompareConfig:
     embedding_type: str | None = None
     head_type: str | None = None
     threads: int | None = None
+    columns: Mapping[str, str] | None = None
 
 
 def compare_stock(config: CompareConfig, reporter: Reporter) -> list[Row]:
@@ -117,15 +112,21 @@ def compare_stock(config: CompareConfig, reporter: Reporter) -> list[Row]:
     reference = work / "reference-f16.gguf"
     if not reference.is_file():
         make_reference(config.model, reference, reporter)
-    tokenizer = gguf_tokenizer(reference)
+    tokenizer = ModelTokenizer(reference, reporter.say)
     texts, begins = tokenize_for_loss(
         config.loss, held_out, tokenizer, config.n_eval, 2048
     )  # may refuse them: before the long work
     files = [export_default(config, reporter)] if config.files is None else list(config.files)
     imatrix = work / "task.imatrix.gguf"
-    if not imatrix.is_file() and (config.types is None or config.types or config.emulate):
-        rendered = "\n".join(render_example(example, tokenizer) for example in calibration.examples[: config.n_samples])
-        make_imatrix(reference, rendered, imatrix, config.threads, reporter)
+    if config.types is None or config.types or config.emulate:
+        rendered = calibration_text(calibration, tokenizer, config.n_samples, 2048)
+        if not imatrix.is_file():
+            make_imatrix(reference, rendered, imatrix, config.threads, reporter)
+        elif imatrix.with_suffix(".txt").read_text(encoding="utf-8") != rendered:
+            raise TacqError(
+                f"{work} holds another comparison (the model's chat template or the schemas of the task were others); "
+                "give another --workdir."
+            )
 
     bench = _Bench(config, reference, tokenizer, texts, begins, reporter)
     unique = len({file.stem for file in files}) == len(files)
@@ -157,11 +158,16 @@ def check_inputs(config: CompareConfig) -> tuple[Task, Task]:
     long work."""
     runtime_path()
     named(config.emulate)
-    tasks = load_task(config.task), load_task(config.held_out)
+    tasks = (
+        load_task(config.task, config.columns, config.n_samples),
+        load_task(config.held_out, config.columns, config.n_eval),
+    )
+    if config.columns and config.scoring:
+        raise TacqError("--score reads the benchmark's own files, whose columns are known; leave --columns out.")
     if config.loss == "answer":
         require_answers(tasks[1], config.n_eval)
     for text in [scoring.examples for scoring in config.scoring] + ([config.text] if config.text else []):
-        read_text(text)
+        PlainText(text).head(1)
     for file in config.files or ():
         embedding_and_head(inspect_gguf(file))
     return tasks
@@ -172,6 +178,7 @@ def claim_workdir(config: CompareConfig) -> None:
     marker, model = config.workdir / "comparison.json", Path(config.model)
     facts = model.stat() if model.is_file() else None
     mine = {"model": model.name, "task": file_sha256(config.task), "n_samples": config.n_samples}
+    mine |= {"columns": dict(config.columns)} if config.columns else {}
     mine |= (
         {"model_bytes": facts.st_size}
         if facts
@@ -203,7 +210,13 @@ def export_default(config: CompareConfig, reporter: Reporter) -> Path:
         begun = (config.workdir / (outfile.name + ".work") / "state.json").is_file()
         export(
             ExportConfig(
-                config.model, config.task, outfile, n_samples=config.n_samples, threads=config.threads, resume=begun
+                config.model,
+                config.task,
+                outfile,
+                n_samples=config.n_samples,
+                threads=config.threads,
+                resume=begun,
+                columns=",".join(f"{key}={column}" for key, column in (config.columns or {}).items()) or None,
             ),
             reporter,
         )
@@ -236,7 +249,7 @@ class _Bench:
         self,
         config: CompareConfig,
         reference: Path,
-        tokenizer,
+        tokenizer: ModelTokenizer,
         texts: list[list[int]],
         begins: list[int] | None,
         reporter: Reporter,
@@ -254,7 +267,7 @@ class _Bench:
         self._ref_ppl: float | None = None
         self._ref_text_ppl: float | None = None
         self._ref_scored: dict[str, TaskScore] = {}
-        self.asked = [(scoring, load_task(scoring.examples).examples[: scoring.n]) for scoring in config.scoring]
+        self.asked = [(scoring, load_task(scoring.examples, limit=scoring.n).examples) for scoring in config.scoring]
         self._ref_scores = self.scores({"file": self.kept.sha(reference)}, lambda: reference, "reference, F16")
 
     def row(self, file: Path, name: str, kind: str, fell_back: dict[str, int] | None = None) -> Row:
@@ -352,7 +365,7 @@ class _Bench:
         )
         self._ref_ppl = quality["ref_ppl"]
         result = {key: quality[key] for key in ("kl", "kl_stderr", "ppl", "top1", "n_tokens")}
-        if config.text:
+        if general_text := config.text:
             general = lambda done, total: self.reporter.progress(done, total, f"general text, {name}")  # noqa: E731
             on_text = self.kept.get(
                 which
@@ -363,7 +376,7 @@ class _Bench:
                     "window": WINDOW,
                 },
                 lambda: compare_on_text(
-                    self.reference, file(), read_text(config.text), WINDOW, config.n_windows, threads, general
+                    self.reference, file(), read_text(general_text), WINDOW, config.n_windows, threads, general
                 ).as_dict(),
             )
             self._ref_text_ppl = on_text["ref_ppl"]
@@ -407,7 +420,14 @@ def _flags(digits: str) -> tuple[bool, ...]:
 
 
 def score_file(
-    scoring: Scoring, file: Path, first: int, n: int, tokenizer, threads: int | None, reporter: Reporter, name: str
+    scoring: Scoring,
+    file: Path,
+    first: int,
+    n: int,
+    tokenizer: ModelTokenizer,
+    threads: int | None,
+    reporter: Reporter,
+    name: str,
 ) -> TaskScore:
     """The score of one file on n examples, from number `first` on."""
     shown = lambda done, total: reporter.progress(done, total, f"{scoring.task} of {name}")  # noqa: E731

@@ -16,7 +16,7 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import gguf
@@ -94,7 +94,7 @@ def emulated_types(name: str, reference: Path, imatrix: Path | None, embedding: 
     imatrix: llama-quantize refuses some mixes without. Raises TacqError for a file without blocks, and for a mix with a
     type that cannot be emulated.
     """
-    matrices = {t.name: t.tensor_type.name for t in open_gguf(reference).tensors if is_linear(t.name, t.shape)}
+    matrices = {t.name: t.tensor_type.name for t in open_gguf(reference).tensors if is_linear(t.name, numpy_shape(t))}
     if not matrices:
         raise TacqError(f"{reference} has no matrices in blocks; give a GGUF of a language model.")
     if name in EMULATED_TYPES:
@@ -232,9 +232,13 @@ def write_emulated(
         "give --workdir on a larger disk",
     )
 
-    def rounded(tensor) -> np.ndarray:
+    def rounded(tensor: gguf.gguf_reader.ReaderTensor) -> np.ndarray:
         values = rounded_as(tensor_values(tensor), types[tensor.name], importance[tensor.name], threads)
         return encode_as(values, "f16", tensor.name)
+
+    def quantized(tensor: gguf.gguf_reader.ReaderTensor, kind: gguf.GGMLQuantizationType) -> np.ndarray:
+        # As llama-quantize does it: the imatrix has no weights for them.
+        return ggml_quantize(tensor_values(tensor), kind, None, threads)
 
     planned: list[PlannedTensor] = []
     for tensor in reader.tensors:
@@ -246,18 +250,15 @@ def write_emulated(
                     "--emulate for this model."
                 )
             planned.append(
-                PlannedTensor(
-                    tensor.name, numpy_shape(tensor), gguf.GGMLQuantizationType.F16, lambda t=tensor: rounded(t)
-                )
+                PlannedTensor(tensor.name, numpy_shape(tensor), gguf.GGMLQuantizationType.F16, partial(rounded, tensor))
             )
         elif other is not None and other.name not in _FLOATS:
-            # As llama-quantize does it: the imatrix has no weights for them.
             planned.append(
                 PlannedTensor(
                     tensor.name,
                     numpy_shape(tensor),
                     other,
-                    lambda t=tensor, q=other: ggml_quantize(tensor_values(t), q, None, threads),
+                    partial(quantized, tensor, other),
                 )
             )
         else:

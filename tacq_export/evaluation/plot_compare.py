@@ -159,7 +159,8 @@ def _label(figure, ax, rows: Sequence[Row], field: str) -> None:
     ]:
         for begin, end in zip(path.vertices, path.vertices[1:], strict=False):
             for at in np.linspace(0, 1, 2 + int(np.hypot(*(end - begin)) / 4)):
-                taken.append(_box(*(begin + at * (end - begin)), 3, 3))
+                x, y = begin + at * (end - begin)
+                taken.append(_box(x, y, 3, 3))
     for bars in ax.collections:  # the intervals
         for vertices in (path.transformed(bars.get_transform()).vertices for path in bars.get_paths()):
             (x, low), (_, high) = vertices[0], vertices[-1]

@@ -16,15 +16,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice, product
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ..errors import TacqError
-from ..inputs.load_task import SCHEMAS, Example, json_rows, read_text, sql_question
+from ..inputs.load_task import Example
+from ..inputs.sql_schema import SCHEMAS, sql_question
+from ..inputs.task_files import read_rows
+from ..inputs.tokenizer import ModelTokenizer
 from .score_task import TaskScore, score_answers
 from .spider_databases import fill_database, read_tables, tokens_of
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 FILLINGS = 5
 SPIDER_TOKENS = 160  # of an answer
@@ -90,7 +89,7 @@ def run_query(database: sqlite3.Connection, query: str) -> list[Row]:
         return steps > _MOST_STEPS
 
     if hasattr(database, "setlimit"):  # Python 3.11
-        database.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _MOST_BYTES)
+        database.setlimit(getattr(sqlite3, "SQLITE_LIMIT_LENGTH"), _MOST_BYTES)  # noqa: B009
     database.set_authorizer(lambda action, *_: sqlite3.SQLITE_OK if action in _ALLOWED else sqlite3.SQLITE_DENY)
     database.set_progress_handler(count, 10_000)
     try:
@@ -154,7 +153,10 @@ def _order_of(query: str) -> _Order | None:
     if end < len(query) and query[end] != ";" and not numbers:
         return None
     commas = [offset for word, offset in top if word == "," and at["order"] < offset < end]
-    begin = at["order"] + re.match(r"order\s+by", query[at["order"] :], re.I).end()
+    by = re.match(r"order\s+by", query[at["order"] :], re.I)
+    if not by:
+        return None
+    begin = at["order"] + by.end()
     keys = [query[a:b] for a, b in zip([begin, *(c + 1 for c in commas)], [*commas, end], strict=False)]
     keys = [re.sub(r"\s+(asc|desc)\s*$", "", key.rstrip(), flags=re.I).strip() for key in keys]
     if any(re.fullmatch(r"\d+", key) for key in keys):
@@ -343,7 +345,7 @@ def score_spider(
     eval_path: Path | str,
     schemas_path: Path | str | None,
     n: int,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: ModelTokenizer,
     threads: int | None = None,
     n_predict: int = SPIDER_TOKENS,
     # Slots that keep a database's schema from one question to the next: more of them would each read it again.
@@ -360,9 +362,7 @@ def score_spider(
     """
     path = Path(eval_path)
     schemas = Path(schemas_path) if schemas_path else path.parent / SCHEMAS
-    questions = [
-        sql_question(row, schemas, fail) for row, fail in islice(json_rows(path, read_text(path)), first, first + n)
-    ]
+    questions = [sql_question(row, schemas, fail) for row, fail in islice(read_rows(path), first, first + n)]
 
     def right(i: int, answer: str) -> bool:
         fillings = choose_fillings(questions[i].schema, questions[i].query)
@@ -375,5 +375,16 @@ def score_spider(
     examples = [Example(messages=question.messages) for question in questions]
     # The model stops where its first query ends: what it would say afterwards is not looked at.
     return score_answers(
-        file, examples, right, tokenizer, threads, n_predict, parallel, ("```\n", ";\n"), progress, backend
+        file,
+        examples,
+        right,
+        tokenizer,
+        threads,
+        n_predict,
+        parallel,
+        ("```\n", ";\n"),
+        progress,
+        backend,
+        path.stem,
+        first,
     )

@@ -12,16 +12,15 @@ from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..errors import TacqError
-from ..inputs.load_task import Example, json_rows, parse_row, prompt_tokens, read_text
+from ..inputs.load_task import Example, parse_row
+from ..inputs.task_files import read_rows
+from ..inputs.tokenize_task import example_named, prompt_tokens
+from ..inputs.tokenizer import ModelTokenizer
 from ..runtime.generate import PARALLEL, generate
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 # A chat model of 1.5B writes 290 tokens on average, 380 in a long answer (tools/LOG.md): a limit of 320 cut a third of
 # them.
@@ -145,16 +144,24 @@ def score_answers(
     file: Path | str,
     examples: Sequence[Example],
     right: Callable[[int, str], bool],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: ModelTokenizer,
     threads: int | None,
     n_predict: int,
     parallel: int,
     stop: Sequence[str],
     progress: Callable[[int, int], None] | None,
     backend: str,
+    task: str = "",
+    first: int = 0,
 ) -> TaskScore:
-    """Ask the file each example without its last turn, greedily, and judge each answer with right(index, answer)."""
-    prompts = [prompt_tokens(example, tokenizer) for example in examples]
+    """Ask the file each example without its last turn, greedily, and judge each answer with right(index, answer).
+
+    task, first: name and number (from 0) of the first example, for errors.
+    """
+    prompts = []
+    for number, example in enumerate(examples, first + 1):
+        with example_named(task, number):
+            prompts.append(prompt_tokens(example, tokenizer))
     answers = generate(file, prompts, n_predict, threads, parallel, stop, progress, backend)
     hits = tuple(right(i, text) for i, (_, text) in enumerate(answers))
     return TaskScore(hits, tuple(text for _, text in answers), tuple(len(tokens) >= n_predict for tokens, _ in answers))
@@ -164,7 +171,7 @@ def score_gsm8k(
     file: Path | str,
     examples_path: Path | str,
     n: int,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: ModelTokenizer,
     threads: int | None = None,
     n_predict: int = GSM8K_TOKENS,
     parallel: int = PARALLEL,
@@ -176,12 +183,12 @@ def score_gsm8k(
     the gold one.
 
     The prompt is the question in the model's chat template, no examples, as in calibration; greedy, n_predict tokens at
-    most. tokenizer: that of the reference (load_task.gguf_tokenizer). Raises TacqError for a malformed file or a row
+    most. tokenizer: that of the reference. Raises TacqError for a malformed file or a row
     without `#### number` in its answer, and as `generate` does.
     """
     path = Path(examples_path)
     examples, gold = [], []
-    for row, fail in islice(json_rows(path, read_text(path)), first, first + n):
+    for row, fail in islice(read_rows(path), first, first + n):
         number = final_number(row["answer"]) if isinstance(row.get("answer"), str) and "####" in row["answer"] else None
         if number is None:
             raise fail('the "answer" has no "#### number" at its end, which GSM8K\'s score compares with')
@@ -198,4 +205,6 @@ def score_gsm8k(
         (),
         progress,
         backend,
+        path.stem,
+        first,
     )

@@ -137,7 +137,7 @@ def read_tables(schema: str) -> dict[str, Table]:
                 'SELECT id, "table", "from", "to" FROM pragma_foreign_key_list(?) ORDER BY id, seq', (name,)
             ):
                 keys[number, parent.lower()].append((child, to))
-            seen = set()  # a column may be declared twice; the first one holds
+            seen: set[str] = set()  # a column may be declared twice; the first one holds
             for (_, parent), pairs in keys.items():
                 if parent not in tables or seen & {child.lower() for child, _ in pairs}:
                     continue

@@ -103,10 +103,10 @@ def compare_models(
     text of two tokens.
     """
     begins = [begin for text, begin in zip(texts, begins or [1] * len(texts), strict=True) if len(text) > 1]
-    texts = [[int(t) for t in text] for text in texts if len(text) > 1]
-    if not texts:
+    lists = [[int(t) for t in text] for text in texts if len(text) > 1]
+    if not lists:
         raise TacqError("There is no text of at least two tokens to compare on; give a longer one.")
-    longest, total, done = max(map(len, texts)), sum(map(len, texts)), 0
+    longest, total, done = max(map(len, lists)), sum(map(len, lists)), 0
     stats = []
     with (
         LlamaLogits(reference, longest, threads, backend) as ref,
@@ -116,7 +116,7 @@ def compare_models(
             raise TacqError(
                 f"{candidate} has {cand.n_vocab} tokens and {reference} {ref.n_vocab}; compare files of one model."
             )
-        for text, first in zip(texts, begins, strict=True):
+        for text, first in zip(lists, begins, strict=True):
             following = np.asarray(text[1:], np.int64)
             for (begin, p), (_, q) in zip(ref.chunks(text), cand.chunks(text), strict=True):
                 counted = slice(
@@ -128,13 +128,13 @@ def compare_models(
                 done += len(p)
                 if progress:
                     progress(done, total)
-    stats = np.concatenate(stats)
-    if not np.isfinite(stats).all():
+    rows = np.concatenate(stats)
+    if not np.isfinite(rows).all():
         raise TacqError(
             f"{candidate} or {reference} gives logits that are no numbers; the file is damaged or its kernels are "
             "wrong."
         )
-    return summarize(stats)
+    return summarize(rows)
 
 
 def text_windows(model: LlamaLogits, text: str, window: int = 512, limit: int | None = None) -> list[list[int]]:

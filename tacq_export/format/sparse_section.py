@@ -41,7 +41,8 @@ class KeptWeights:
     @property
     def rows(self) -> np.ndarray:
         """int64 [nnz]: the row of every kept weight."""
-        return np.repeat(np.arange(len(self.row_ptr) - 1), np.diff(self.row_ptr.astype(np.int64)))
+        counts: np.ndarray = np.diff(self.row_ptr.astype(np.int64))
+        return np.repeat(np.arange(len(self.row_ptr) - 1), counts)
 
 
 def section_bytes(n_weights: int, p: int) -> int:

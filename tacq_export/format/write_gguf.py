@@ -121,6 +121,7 @@ def _write_tensor(writer: gguf.GGUFWriter, planned: PlannedTensor) -> None:
             f"tensor '{planned.name}': {data.nbytes} bytes were made, expected {planned.nbytes} for "
             f"{planned.type.name}; please report it."
         )
+    assert writer.fout is not None  # its header was written
     out = writer.fout[0]
     writer.write_padding(out, out.tell())
     out.write(data.data)

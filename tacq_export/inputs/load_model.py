@@ -12,7 +12,7 @@ from pathlib import Path
 
 import gguf
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from ..errors import TacqError
@@ -23,6 +23,7 @@ from .convert import convert_to_f16
 from .link_tensors import LinkedTensor, link_tensors
 from .load_torch import load_from_gguf, load_from_hugging_face
 from .make_reference import check_reference_loads, dequantize_to_f16, plain_folder
+from .tokenizer import ModelTokenizer
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class LoadedModel:
     order. embedding, head: their own matrices; head is None where it is the embedding (tied)."""
 
     model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: ModelTokenizer
     reference: gguf.GGUFReader
     reference_path: Path
     linear: list[LinkedTensor]
@@ -78,27 +79,26 @@ def load_model(source: str | Source, workdir: Path, device: str, reporter: Repor
     if isinstance(source, str):
         source = check_source(source, reporter)
     reference_path = workdir / "reference-f16.gguf"
-    model, tokenizer = _both_sides(source, reference_path, reporter)
+    model = _both_sides(source, reference_path, reporter)
     model.eval().requires_grad_(False)
     check_reference_loads(reference_path)
     reference = open_gguf(reference_path)
+    tokenizer = ModelTokenizer(reference_path, reporter.say, reference)
     linear, embedding, head = link_tensors(model, reference)
     torch.nn.Module.to(model, target)
     return LoadedModel(model, tokenizer, reference, reference_path, linear, embedding, head)
 
 
-def _both_sides(
-    source: Source, reference_path: Path, reporter: Reporter
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The torch model and its tokenizer; the float GGUF is written to `reference_path`."""
+def _both_sides(source: Source, reference_path: Path, reporter: Reporter) -> PreTrainedModel:
+    """The torch model; the float GGUF is written to `reference_path`."""
     if source.checkpoint is None:
         assert source.gguf is not None
         dequantize_to_f16(source.gguf, reference_path, reporter)
         return load_from_gguf(reference_path, reporter)
     with plain_folder(source.checkpoint, reference_path.parent, reporter) as folder:
         # Torch first: what it refuses is refused before the float copy is written.
-        model, tokenizer = load_from_hugging_face(folder, reporter)
+        model = load_from_hugging_face(folder, reporter)
         convert_to_f16(
             folder, source.checkpoint.weight_bytes, source.checkpoint.text_architecture, reference_path, reporter
         )
-    return model, tokenizer
+    return model

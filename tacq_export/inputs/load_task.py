@@ -1,46 +1,73 @@
-"""The task file: examples in, token lists out.
+"""The task file: examples in. tokenize_task.py makes token lists of them.
 
-JSONL, one object a line, with one of these sets of keys:
+One object a line (JSONL), a JSON array, a table with a header (CSV, TSV) or Parquet, with one of these sets of keys:
 
     {"question": ..., "answer": ...}       a user turn and the assistant's
-    {"prompt": ..., "completion": ...}     the same
+    {"prompt": ..., "completion": ...}     the same; or two lists of messages
+    {"instruction": ..., "input": ..., "output": ...}    the same, as in Alpaca; input may be empty, "history" has
+                                                         earlier pairs
     {"question": ..., "query": ..., "db_id": ...}    text to SQL, as in Spider
     {"messages": [{"role": ..., "content": ...}, ...]}
+    {"conversations": [{"from": "human", "value": ...}, ...]}    the same, as in ShareGPT
     {"text": ...}                          taken as it is
+
+Beside them, "system" is a system turn at the beginning and "tools" a list of what the assistant may call. A message may
+have `tool_calls` and `content: null`, or a list of text parts; other keys of it are handed to the template, too.
+`columns` says which columns of the file mean these keys.
 
 A text-to-SQL row finds the CREATE TABLE text of its database in `schemas.json` beside the task file ({db_id: text}), or
 brings it along under "schema". It becomes a user turn with schema and question, and the query as the assistant's.
 Conversations go through the model's chat template; a model without one gets the turns joined by newlines. Any other
 file is plain text, cut into windows of seq_len tokens.
+
+`tacq-export answer` adds "tokens": {"vocabulary": ..., "answer": [...]}: what the model wrote, token by token.
 """
 
 from __future__ import annotations
 
 import json
-import re
-import sqlite3
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from ..errors import TacqError
+from .sql_schema import SCHEMAS, sql_question
+from .task_files import EXPECTED, Fail, PlainText, has_rows, read_rows
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-_PAIRS = (("question", "answer"), ("prompt", "completion"))
-_EXPECTED = '"question" and "answer", "prompt" and "completion", "question" and "query", "messages", or "text"'
-SCHEMAS = "schemas.json"
+Message = dict[str, Any]
+_PAIRS = (("question", "answer"), ("prompt", "completion"), ("instruction", "output"))
+_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "assistant": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+    "system": "system",
+    "tool": "tool",
+    "observation": "tool",
+    "function_response": "tool",
+    "function_call": "function_call",
+}
 
 
 @dataclass(frozen=True)
 class Example:
-    """Either `messages` (a conversation) or `text`."""
+    """Either `messages` (a conversation, with the `tools` that may be called) or `text`.
 
-    messages: tuple[dict[str, str], ...] = ()
+    answer_tokens: the last turn as the model wrote it, ids of the vocabulary that `vocabulary` names
+    (LlamaVocab.identity); empty if nothing is known of that. unused: keys of its row that are not read.
+    """
+
+    messages: tuple[Message, ...] = ()
     text: str = ""
+    tools: tuple[Any, ...] = ()
+    answer_tokens: tuple[int, ...] = ()
+    vocabulary: str = ""
+    unused: tuple[str, ...] = field(default=(), compare=False)
 
     @property
     def has_answer(self) -> bool:
@@ -50,302 +77,201 @@ class Example:
 
 @dataclass(frozen=True)
 class Task:
-    """name: file name without ending. packed: True if `examples` is one plain text to be cut into windows."""
+    """name: file name without ending. Either `examples`, or one plain `text` that is to be cut into windows."""
 
     name: str
     examples: list[Example]
-    packed: bool
-
-
-@dataclass(frozen=True)
-class SqlQuestion:
-    """schema: CREATE TABLE text as it was given; question: in words; query: the SQL that answers it."""
-
-    schema: str
-    question: str
-    query: str
+    text: PlainText | None = None
 
     @property
-    def messages(self) -> tuple[dict[str, str], ...]:
-        """The conversation: what is calibrated on, and (without its last turn) what a model is asked when it is
-        scored."""
-        # The schema comes first, so that questions on one database share the beginning of the prompt.
-        user = (
-            f"{compact_schema(self.schema)}\n\nQuestion: {self.question.strip()}\nAnswer with one SQLite query in "
-            "a ```sql block, nothing else."
-        )
-        return (
-            {"role": "user", "content": user},
-            {"role": "assistant", "content": f"```sql\n{tidy_query(self.query)}\n```"},
-        )
+    def packed(self) -> bool:
+        """True if it is one plain text to be cut into windows."""
+        return self.text is not None
+
+    @property
+    def unused(self) -> list[str]:
+        """Keys of its rows that are not read, in alphabetical order."""
+        return sorted({key for example in self.examples for key in example.unused})
 
 
-def read_text(path: Path) -> str:
-    """Raises TacqError for a file that cannot be read, is not UTF-8, or empty."""
-    try:
-        content = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise TacqError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8.") from None
-    except OSError as error:
-        raise TacqError(f"{path} cannot be read ({error.strerror}); give a JSONL or text file.") from None
-    if not content.strip():
+def load_task(path: Path, columns: Mapping[str, str] | None = None, limit: int | None = None) -> Task:
+    """Read a task file, or its first `limit` rows. columns: {key that is expected: column of the file}.
+
+    Raises TacqError, with the row's number where there is one, if it is missing, empty or malformed.
+    """
+    if not has_rows(path):
+        if columns:
+            raise TacqError(f"{path} is plain text and has no columns; leave --columns out, or give a file of rows.")
+        text = PlainText(path)
+        text.head(1)  # refuses what cannot be read or is empty
+        return Task(path.stem, [], text)
+    examples = [parse_row(row, path, fail) for row, fail in islice(read_rows(path, columns), limit)]
+    if not examples:
         raise TacqError(f"{path} is empty; put at least one example into it.")
-    return content
+    return Task(path.stem, examples)
 
 
-def load_task(path: Path) -> Task:
-    """Read a task file. Raises TacqError, with the line's number where there is one, if it is missing, empty or
-    malformed."""
-    content = read_text(path)
-    if path.suffix.lower() not in (".jsonl", ".json", ".ndjson"):
-        return Task(path.stem, [Example(text=content)], packed=True)
-    examples = [parse_row(row, path, fail) for row, fail in json_rows(path, content)]
-    return Task(path.stem, examples, packed=False)
-
-
-def json_rows(path: Path, content: str) -> Iterator[tuple[dict, Callable[[str], TacqError]]]:
-    """Each object of a JSONL file, with the function that makes an error naming its line. Raises such an error for
-    others."""
-    for number, line in enumerate(content.split("\n"), 1):  # not splitlines(): JSON strings may hold U+2028
-        if not line.strip():
-            continue
-
-        def fail(what: str, number: int = number) -> TacqError:
-            return TacqError(f"{path}, line {number}: {what}.")
-
-        try:
-            row = json.loads(line)
-            json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair is legal JSON, and no text
-        except json.JSONDecodeError as error:
-            raise fail(
-                f"not valid JSON ({error.msg} at column {error.colno}); each line must be one JSON object"
-            ) from None
-        except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
-            raise fail(f"not valid JSON ({str(error)[:120]}); each line must be one JSON object") from None
-        if not isinstance(row, dict):
-            raise fail(f"a JSON {type(row).__name__}, expected an object with {_EXPECTED}")
-        yield row, fail
-
-
-def parse_row(row: dict, path: Path, fail: Callable[[str], TacqError]) -> Example:
+def parse_row(row: Mapping[str, Any], path: Path, fail: Fail) -> Example:
     """The example in one row of the task file `path`. Raises what `fail` makes for a row of no known set of keys."""
+    used = {"system", "tools", "tokens"}
+    if isinstance(row.get("functions"), list) and row["functions"]:
+        raise fail('"functions" is the old form of "tools", which the chat templates do not know; write tools')
     if "question" in row and "query" in row and "answer" not in row:
-        return Example(messages=sql_question(row, path.parent / SCHEMAS, fail).messages)
-    for user, assistant in _PAIRS:
-        if user in row or assistant in row:
-            for key in (user, assistant):
-                if not isinstance(row.get(key), str) or not row[key].strip():
-                    raise fail(f'"{key}" is missing, empty or no string; {user} and {assistant} go together')
-            return Example(
-                messages=({"role": "user", "content": row[user]}, {"role": "assistant", "content": row[assistant]})
-            )
-    if "messages" in row:
-        messages = row["messages"]
-        if not isinstance(messages, list) or not messages:
-            raise fail('"messages" is no list, or empty')
-        for i, message in enumerate(messages):
-            if not isinstance(message, dict) or not all(
-                isinstance(message.get(key), str) for key in ("role", "content")
-            ):
-                raise fail(f'message {i + 1} lacks a string "role" or "content"')
-        return Example(messages=tuple({"role": m["role"], "content": m["content"]} for m in messages))
-    if isinstance(row.get("text"), str) and row["text"].strip():
-        return Example(text=row["text"])
-    raise fail(f"has the keys {', '.join(sorted(row)) or 'none'}, expected {_EXPECTED}")
-
-
-def sql_question(row: dict, schemas_path: Path, fail: Callable[[str], TacqError]) -> SqlQuestion:
-    """A text-to-SQL row with its schema, its own or that of its db_id. Raises TacqError if there is none."""
-    for key in ("question", "query"):
-        if not isinstance(row.get(key), str) or not row[key].strip():
-            raise fail(f'"{key}" is missing, empty or no string; question and query go together')
-    schema = row.get("schema")
-    if schema is None:
-        if not isinstance(row.get("db_id"), str):
-            raise fail(
-                'neither a "schema" nor a "db_id" says which database is asked; give the CREATE TABLE text, or its '
-                f"name in {SCHEMAS}"
-            )
-        schemas = read_schemas(schemas_path)
-        if row["db_id"] not in schemas:
-            raise fail(
-                f"{schemas_path} has no database {row['db_id']!r}; add its CREATE TABLE text there, or to the row as "
-                '"schema"'
-            )
-        schema = schemas[row["db_id"]]
-    if not isinstance(schema, str) or not schema.strip():
-        raise fail('"schema" is empty or no string; give the CREATE TABLE text of the database')
-    return SqlQuestion(schema, row["question"], row["query"])
-
-
-def read_schemas(path: Path) -> dict[str, str]:
-    """{db_id: CREATE TABLE text}. Raises TacqError if the file is missing or holds anything else."""
-    if not path.is_file():
-        raise TacqError(
-            f'There is no {path}; put the CREATE TABLE texts there as {{"db_id": "CREATE TABLE ..."}}, or into each '
-            'row as "schema".'
-        )
-    return _parse_schemas(path, path.stat().st_mtime_ns)
-
-
-@cache  # a task file asks once a line
-def _parse_schemas(path: Path, _modified: int) -> dict[str, str]:
-    try:
-        schemas = json.loads(read_text(path))
-    except (ValueError, RecursionError) as error:
-        raise TacqError(
-            f"{path} is not valid JSON ({str(error)[:120]}); it must be one object of db_id and CREATE TABLE text."
-        ) from None
-    if not isinstance(schemas, dict) or not all(isinstance(schema, str) for schema in schemas.values()):
-        raise TacqError(f"{path} is no JSON object of db_id and CREATE TABLE text; write it so.")
-    return schemas
-
-
-def compact_schema(schema: str) -> str:
-    """CREATE TABLE text with one line a table, and without the quotes that no name needs.
-
-    Text that SQLite refuses without the quotes keeps them.
-    """
-    spaced = re.sub(r"\s+", " ", schema.strip())
-    spaced = re.sub(r"\( ", "(", re.sub(r" ([,;)])", r"\1", spaced)).replace("; CREATE", ";\nCREATE")
-    bare = re.sub(r'"([A-Za-z_][A-Za-z0-9_]*)"', r"\1", spaced)
-    for text in (bare, spaced):
-        database = sqlite3.connect(":memory:")
-        try:
-            database.executescript(text)
-            return text
-        except sqlite3.Error:
-            pass
-        finally:
-            database.close()
-    return schema.strip()
-
-
-def tidy_query(query: str) -> str:
-    """SQL with single spaces and none before a comma, outside quotes: Spider's `a ,  b  =  1` as a model would write
-    it."""
-    parts = re.split(r"""('(?:[^']|'')*'|"(?:[^"]|"")*")""", query.strip())
-    parts[::2] = [
-        re.sub(r"\s+([,;)])", r"\1", re.sub(r"(\() +", r"\1", re.sub(r"\s+", " ", part))) for part in parts[::2]
-    ]
-    return "".join(parts)
-
-
-def render_example(example: Example, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The text of an example, in the chat template if it is a conversation and the model has one."""
-    if not example.messages:
-        return example.text
-    if not tokenizer.chat_template:
-        return "\n".join(message["content"] for message in example.messages)
-    try:
-        return tokenizer.apply_chat_template(list(example.messages), tokenize=False)
-    except Exception as error:  # a template is a program of the model's author, and may raise anything
-        raise TacqError(
-            f"The model's chat template refuses an example ({error}); use roles it knows, or a plain text file."
-        ) from error
-
-
-def prompt_tokens(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens of a conversation up to where the assistant's last turn begins: what a model is asked, in calibration's
-    template.
-
-    Without a template it is the turns before, each ended by a newline. Raises TacqError if there is no such turn.
-    """
-    if not example.has_answer:
-        raise TacqError(
-            "The example has no assistant's turn at its end to compare an answer with; give question and answer."
-        )
-    before = list(example.messages[:-1])
-    if not tokenizer.chat_template:
-        return tokenizer("".join(message["content"] + "\n" for message in before), verbose=False)["input_ids"]
-    try:
-        text = tokenizer.apply_chat_template(before, tokenize=False, add_generation_prompt=True)
-    except Exception as error:
-        raise TacqError(f"The model's chat template refuses an example ({error}); use roles it knows.") from error
-    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-
-
-def tokenize_task(task: Task, tokenizer: PreTrainedTokenizerBase, n_samples: int, seq_len: int) -> list[list[int]]:
-    """Token lists of the first `n_samples` examples (or windows of a plain text), each at most `seq_len` long.
-
-    Raises TacqError if no example has two tokens: there would be nothing to predict.
-    """
-    if task.packed:
-        tokens = tokenizer(task.examples[0].text, verbose=False)["input_ids"]
-        texts = [tokens[i : i + seq_len] for i in range(0, len(tokens), seq_len)][:n_samples]
+        used |= {"question", "query", "schema", "db_id"}
+        messages: Sequence[Message] = sql_question(dict(row), path.parent / SCHEMAS, fail).messages
+    elif pair := _pair_of(row):
+        used |= {*pair, "history"} | ({"input"} if pair[0] == "instruction" else set())
+        messages = _pair_messages(row, pair, fail)
+    elif row.get("messages") is not None or "messages" in row and "conversations" not in row:
+        used.add("messages")
+        messages = _messages(row["messages"], "messages", fail)
+    elif "conversations" in row:
+        used.add("conversations")
+        messages = _share_gpt(row["conversations"], fail)
+    elif isinstance(row.get("text"), str) and row["text"].strip():
+        unused = tuple(key for key in row if key != "text")
+        return Example(text=row["text"], unused=unused)
     else:
-        texts = [example_tokens(example, tokenizer)[:seq_len] for example in task.examples[:n_samples]]
-    texts = [text for text in texts if len(text) > 1]
-    if not texts:
-        raise TacqError(f"The task '{task.name}' has no example of at least two tokens; give longer ones.")
-    return texts
+        raise fail(f"has the keys {', '.join(sorted(map(str, row))) or 'none'}, expected {EXPECTED}")
+    system = row.get("system")
+    if isinstance(system, str) and system.strip() and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": system}, *messages]
+    answer, vocabulary = _answer_tokens(row.get("tokens"), messages, fail)
+    unused = tuple(str(key) for key in row if key not in used)
+    return Example(tuple(messages), "", _tools(row.get("tools"), fail), answer, vocabulary, unused)
 
 
-def example_tokens(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """All tokens of an example."""
-    templated = bool(example.messages and tokenizer.chat_template)  # a template writes its own BOS
-    return tokenizer(render_example(example, tokenizer), add_special_tokens=not templated, verbose=False)["input_ids"]
+def _pair_of(row: Mapping[str, Any]) -> tuple[str, str] | None:
+    """The keys of question and answer in a row; of one alone, if nothing else in the row is a conversation."""
+    both = next((pair for pair in _PAIRS if pair[0] in row and pair[1] in row), None)
+    if both or "messages" in row or "conversations" in row:
+        return both
+    return next((pair for pair in _PAIRS if pair[0] in row or pair[1] in row), None)
 
 
-def require_answers(task: Task, n_samples: int) -> None:
-    """Raises TacqError if one of the first `n_samples` examples has no assistant's turn at its end."""
-    for number, example in enumerate(task.examples[:n_samples], 1):
-        if task.packed or not example.has_answer:
-            raise TacqError(
-                f"Example {number} of the task '{task.name}' has no assistant's turn at its end; use --loss text."
-            )
+def _pair_messages(row: Mapping[str, Any], pair: tuple[str, str], fail: Fail) -> list[Message]:
+    user, assistant = pair
+    if isinstance(row.get(user), list) and isinstance(row.get(assistant), list):
+        return [*_messages(row[user], user, fail), *_messages(row[assistant], assistant, fail)]
+    for key in pair:
+        if not isinstance(row.get(key), str) or not row[key].strip():
+            raise fail(f'"{key}" is missing, empty or no string; {user} and {assistant} go together')
+    messages = []
+    for turn in row.get("history") or ():
+        if not isinstance(turn, Sequence) or len(turn) != 2 or not all(isinstance(text, str) for text in turn):
+            raise fail('"history" is no list of pairs of a question and its answer')
+        messages += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
+    asked, more = row[user], row.get("input") if user == "instruction" else None
+    if isinstance(more, str) and more.strip():
+        asked = f"{asked}\n\n{more}"
+    return [*messages, {"role": "user", "content": asked}, {"role": "assistant", "content": row[assistant]}]
 
 
-def tokenize_answers(
-    task: Task, tokenizer: PreTrainedTokenizerBase, n_samples: int, seq_len: int
-) -> tuple[list[list[int]], list[int]]:
-    """`tokenize_task`, and of each text the index of the first token of the answer; examples that `seq_len` cuts before
-    it are left out.
+def _messages(messages: Any, key: str, fail: Fail) -> list[Message]:
+    """Checked messages. Nothing is taken out of them: what their keys mean is the template's affair."""
+    messages = _json(messages)
+    if not isinstance(messages, list) or not messages:
+        raise fail(f'"{key}" is no list, or empty')
+    return [_message(number, message, fail) for number, message in enumerate(messages, 1)]
 
-    Raises TacqError for an example without an assistant's turn at its end, or if no answer is left.
-    """
-    require_answers(task, n_samples)
-    texts, begins = [], []
-    for example in task.examples[:n_samples]:
-        tokens, prompt = example_tokens(example, tokenizer)[:seq_len], prompt_tokens(example, tokenizer)
-        # As many tokens as both have in common: a tokenizer may join the prompt's last one to the answer's first.
-        begin = next(
-            (i for i, (one, other) in enumerate(zip(tokens, prompt, strict=False)) if one != other),
-            min(len(tokens), len(prompt)),
+
+def _message(number: int, message: Any, fail: Fail) -> Message:
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        raise fail(f'message {number} lacks a string "role" or "content"')
+    if message.get("function_call"):
+        raise fail(
+            f'message {number} has a "function_call", the old form that chat templates do not know; write tool_calls'
         )
-        if 0 < begin < len(tokens):
-            texts.append(tokens)
-            begins.append(begin)
-    if not texts:
-        raise TacqError(f"No answer of the task '{task.name}' begins within {seq_len} tokens; give a larger --seq-len.")
-    return texts, begins
+    message = dict(message)
+    if message.get("tool_calls") is not None:
+        message["tool_calls"] = _tool_calls(number, _json(message["tool_calls"]), fail)
+    content = message.get("content")
+    if isinstance(content, list):
+        for part in content:
+            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+            if kind != "text" or not isinstance(part.get("text"), str):
+                raise fail(
+                    f"message {number} has a part of the type '{kind}', expected parts of text: "
+                    '{"type": "text", "text": ...}'
+                )
+    elif content is None:
+        said = any(message.get(key) for key in ("tool_calls", "reasoning_content", "thinking", "reasoning"))
+        if message["role"] != "assistant" or not said:
+            raise fail(f'message {number} lacks a string "role" or "content"')
+    elif not isinstance(content, str):
+        raise fail(f'message {number} lacks a string "role" or "content"')
+    return message
 
 
-def tokenize_for_loss(
-    loss: str, task: Task, tokenizer: PreTrainedTokenizerBase, n_samples: int, seq_len: int
-) -> tuple[list[list[int]], list[int] | None]:
-    """Texts, and of each the first token whose loss counts: None (all count) for the loss "text", where the answers
-    begin for "answer".
-
-    Raises TacqError as `tokenize_task` and `tokenize_answers` do.
-    """
-    if loss == "answer":
-        return tokenize_answers(task, tokenizer, n_samples, seq_len)
-    return tokenize_task(task, tokenizer, n_samples, seq_len), None
+def _tool_calls(number: int, calls: Any, fail: Fail) -> list[Any]:
+    for call in calls if isinstance(calls, list) else [None]:
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise fail(
+                f'message {number} has "tool_calls" that are no list of '
+                '{"type": "function", "function": {"name": ..., "arguments": ...}}'
+            )
+    return list(calls)
 
 
-def gguf_tokenizer(gguf_path: Path | str) -> PreTrainedTokenizerBase:
-    """The tokenizer and chat template that a GGUF holds. Raises TacqError if transformers cannot read it."""
-    from transformers import AutoTokenizer
+def _share_gpt(turns: Any, fail: Fail) -> list[Message]:
+    """Messages of ShareGPT's {"from", "value"} turns; turns with "role" and "content" are messages already."""
+    turns = _json(turns)
+    if not isinstance(turns, list) or not turns:
+        raise fail('"conversations" is no list, or empty')
+    if all(isinstance(turn, dict) and "role" in turn for turn in turns):
+        return _messages(turns, "conversations", fail)
+    messages = []
+    for number, turn in enumerate(turns, 1):
+        if (
+            not isinstance(turn, dict)
+            or not isinstance(turn.get("from"), str)
+            or not isinstance(turn.get("value"), str)
+        ):
+            raise fail(f'turn {number} of "conversations" lacks a string "from" or "value"')
+        role = _ROLES.get(turn["from"].lower())
+        if role is None:
+            raise fail(f"turn {number} is from '{turn['from']}', expected one of: {', '.join(_ROLES)}")
+        if role == "function_call":
+            call = _json(turn["value"])
+            calls = [{"type": "function", "function": one} for one in (call if isinstance(call, list) else [call])]
+            message = {"role": "assistant", "content": None, "tool_calls": calls}
+        else:
+            message = {"role": role, "content": turn["value"]}
+        messages.append(_message(number, message, fail))
+    return messages
 
-    from ..format.gguf_file import open_gguf
 
-    open_gguf(gguf_path)
-    path = Path(gguf_path).resolve()
-    try:
-        return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    except (ValueError, NotImplementedError, KeyError) as error:
-        raise TacqError(
-            f"transformers cannot read the tokenizer of {gguf_path} ({str(error).splitlines()[0]}); compare on plain "
-            "text with --text."
-        ) from error
+def _tools(tools: Any, fail: Fail) -> tuple[Any, ...]:
+    tools = _json(tools)
+    if tools is None or tools == "":
+        return ()
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise fail('"tools" is no list of {"type": "function", "function": {...}}')
+    return tuple(tools)
+
+
+def _answer_tokens(tokens: Any, messages: Sequence[Message], fail: Fail) -> tuple[tuple[int, ...], str]:
+    """(ids of the last turn, the vocabulary's name) of a row that `tacq-export answer` wrote, else ((), "")."""
+    if not isinstance(tokens, dict) or not {"answer", "vocabulary"} <= tokens.keys():
+        return (), ""
+    answer, vocabulary = tokens["answer"], tokens["vocabulary"]
+    if (
+        not isinstance(answer, list)
+        or not answer
+        or not all(isinstance(token, int) for token in answer)
+        or not isinstance(vocabulary, str)
+        or messages[-1]["role"] != "assistant"
+    ):
+        raise fail('"tokens" is not as tacq-export answer writes it; delete it, and the text is taken instead')
+    return tuple(answer), vocabulary
+
+
+def _json(value: Any) -> Any:
+    """What a cell of a table holds as JSON; what is no such string is given back."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        try:
+            return json.loads(value)
+        except (ValueError, RecursionError):
+            return value
+    return value

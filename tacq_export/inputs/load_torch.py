@@ -1,4 +1,4 @@
-"""The torch model to calibrate, and its tokenizer, as transformers loads them from a folder or from the float GGUF."""
+"""The torch model to calibrate, as transformers loads them from a folder or from the float GGUF."""
 
 from __future__ import annotations
 
@@ -16,10 +16,8 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
-    AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 
 from ..errors import TacqError
@@ -29,12 +27,11 @@ from .check_loaded import check_loaded
 from .text_model import text_model
 
 
-def load_from_gguf(reference_path: Path, reporter: Reporter) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_from_gguf(reference_path: Path, reporter: Reporter) -> PreTrainedModel:
     reporter.say("Loading it with transformers ...")
     try:
         # The float file, not the given one: torch then has the very numbers of the reference.
         with contextlib.redirect_stderr(io.StringIO()):  # its progress bars have no switch
-            tokenizer = AutoTokenizer.from_pretrained(reference_path.parent, gguf_file=reference_path.name)
             model = AutoModelForCausalLM.from_pretrained(
                 reference_path.parent, gguf_file=reference_path.name, dtype=torch.float32
             )
@@ -43,7 +40,7 @@ def load_from_gguf(reference_path: Path, reporter: Reporter) -> tuple[PreTrained
     ) as error:  # whatever it is: the loaders raise RuntimeError, TypeError, AttributeError, KeyError ...
         architecture = field_value(open_gguf(reference_path), "general.architecture")
         raise _no_gguf(str(architecture), error) from error
-    return model, tokenizer
+    return model
 
 
 def check_gguf_loads(path: Path, architecture: str) -> None:
@@ -105,15 +102,14 @@ def auto_class(config: PretrainedConfig) -> Any | None:
     return found[0] if found else None
 
 
-def load_from_hugging_face(folder: Path, reporter: Reporter) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """(model, tokenizer) of a folder in float32; of a wrapper with a vision or audio part, its language model.
+def load_from_hugging_face(folder: Path, reporter: Reporter) -> PreTrainedModel:
+    """The model of a folder in float32; of a wrapper with a vision or audio part, its language model.
 
     Raises TacqError, naming the tensor, for what is missing in the checkpoint, left over, or of another shape, and for
     NaN and infinity; and for whatever transformers cannot load.
     """
     reporter.say(f"Loading {folder} with transformers ...")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
         auto: Any = auto_class(AutoConfig.from_pretrained(folder)) or AutoModelForCausalLM
         model, info = auto.from_pretrained(
             # Other shapes are refused by name below, where this switch's error would name none.
@@ -132,7 +128,7 @@ def load_from_hugging_face(folder: Path, reporter: Reporter) -> tuple[PreTrained
             "or audio part is not in the file."
         )
     _check_finite(text)
-    return text, tokenizer
+    return text
 
 
 def _check_finite(model: PreTrainedModel) -> None:

@@ -36,7 +36,8 @@ from ..format.gguf_file import numpy_shape, tensor_values
 from ..format.write_gguf import encode_as
 from ..inputs.link_tensors import LinkedTensor, tensor_names
 from ..inputs.load_model import LoadedModel
-from ..inputs.load_task import Task, tokenize_for_loss
+from ..inputs.load_task import Task
+from ..inputs.tokenize_task import tokenize_for_loss
 from ..reporting import Reporter
 from ..workdir import WorkDir
 from .quantize_model import finished_weights, head_tensor

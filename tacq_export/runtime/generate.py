@@ -51,11 +51,13 @@ class LlamaGenerator(LlamaModel):
         n_predict: int,
         stop: Sequence[str] = (),
         progress: Callable[[int, int], None] | None = None,
+        keep_end: bool = False,
     ) -> list[list[int]]:
         """The most probable next token, again and again, for each prompt: at most n_predict tokens, in the prompts'
         order.
 
-        An answer ends before an end-of-generation token, or with the token that completes one of the strings `stop`.
+        An answer ends before an end-of-generation token (with it, one token more, if `keep_end`), or with the token
+        that completes one of the strings `stop`.
         progress(done, total) is called after each answer. The same file, prompts, threads and parallel give the same
         tokens; another `parallel` sums in another order, so a near-tie may fall to the other side.
         Raises TacqError for an empty prompt, a token outside the vocabulary, or a prompt longer than the context.
@@ -80,8 +82,8 @@ class LlamaGenerator(LlamaModel):
             for slot in self._slots:
                 while slot.prompt is None and waiting:
                     slot.prompt, slot.answer = waiting.pop(0), []
-                    ended = self._advance(slot, self._prefill(slot, prompts[slot.prompt]), n_predict, stop)
-                    if ended:
+                    following = self._prefill(slot, prompts[slot.prompt])
+                    if self._advance(slot, following, n_predict, stop, keep_end):
                         done = self._finish(slot, answers, done, progress)
             busy = [slot for slot in self._slots if slot.prompt is not None]
             if not busy:
@@ -90,7 +92,7 @@ class LlamaGenerator(LlamaModel):
             chosen = self._decode(step, range(len(step)))
             for slot, (token, _, _), following in zip(busy, step, chosen, strict=False):
                 slot.cached.append(token)
-                if self._advance(slot, following, n_predict, stop):
+                if self._advance(slot, following, n_predict, stop, keep_end):
                     done = self._finish(slot, answers, done, progress)
         return answers
 
@@ -127,9 +129,10 @@ class LlamaGenerator(LlamaModel):
         )
         return [int(row.argmax()) for row in rows]
 
-    def _advance(self, slot: _Slot, token: int, n_predict: int, stop: Sequence[str]) -> bool:
+    def _advance(self, slot: _Slot, token: int, n_predict: int, stop: Sequence[str], keep_end: bool) -> bool:
         """Add a token to the slot's answer; True if that ends it."""
-        if self._lib.llama_vocab_is_eog(self.vocab, token):
+        if self.ends(token):
+            slot.answer += [token] * keep_end
             return True
         slot.answer.append(token)
         if len(slot.answer) >= n_predict:
@@ -140,7 +143,8 @@ class LlamaGenerator(LlamaModel):
     def _finish(
         self, slot: _Slot, answers: list[list[int]], done: int, progress: Callable[[int, int], None] | None
     ) -> int:
-        answers[slot.prompt] = slot.answer
+        if slot.prompt is not None:
+            answers[slot.prompt] = slot.answer
         slot.prompt = None
         if progress:
             progress(done + 1, len(answers))
@@ -156,9 +160,10 @@ def generate(
     stop: Sequence[str] = (),
     progress: Callable[[int, int], None] | None = None,
     backend: str = "cpu",
+    keep_end: bool = False,
 ) -> list[tuple[list[int], str]]:
     """(tokens, text) of the greedy answer to each prompt (a token list): LlamaGenerator.generate with a model loaded
-    for it.
+    for it. The text is without control tokens.
 
     The context is as large as the longest prompt and its answer, times `parallel`. Raises TacqError if the file does
     not load, or for a prompt that is empty or not of this model's vocabulary.
@@ -167,4 +172,5 @@ def generate(
         return []
     parallel = min(parallel, len(prompts))
     with LlamaGenerator(file, max(map(len, prompts)) + n_predict, threads, parallel, backend) as model:
-        return [(tokens, model.text(tokens)) for tokens in model.generate(prompts, n_predict, stop, progress)]
+        answers = model.generate(prompts, n_predict, stop, progress, keep_end)
+        return [(tokens, model.text(tokens)) for tokens in answers]

@@ -84,16 +84,16 @@ def run(
     """
     if not Path(file).is_file():
         raise TacqError(f"There is no file {file}; give the path of a GGUF.")
-    # One user turn in the chat template if the file has one, plain completion if not; then exit.
-    command = [str(tool("llama-completion", backend)), "-m", str(file), "-p", prompt, "-n", str(n_predict)]
-    command += ["-c", str(ctx_size), "--temp", str(temperature), "--single-turn", "--no-display-prompt", "--simple-io"]
-    command += ["--no-perf", "--no-warmup"] + (["-t", str(threads)] if threads else []) + (extra or [])
+    command = [str(tool("llama-completion", backend)), *run_arguments(file, prompt, n_predict, ctx_size, temperature)]
+    command += (["-t", str(threads)] if threads else []) + (extra or [])
     pieces = []
     with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        output, log = process.stdout, process.stderr
+        assert output is not None and log is not None  # both are pipes
         errors: list[bytes] = []
-        reader = threading.Thread(target=lambda: errors.extend(process.stderr))
+        reader = threading.Thread(target=lambda: errors.extend(log))
         reader.start()
-        while piece := os.read(process.stdout.fileno(), 4096):
+        while piece := os.read(output.fileno(), 4096):
             pieces.append(piece)
             if not capture:
                 sys.stdout.buffer.write(piece)
@@ -104,6 +104,13 @@ def run(
             f"llama-completion could not run {file}: {last_error(b''.join(errors).decode(errors='replace'))}"
         )
     return b"".join(pieces).decode(errors="replace")
+
+
+def run_arguments(file: Path | str, prompt: str, n_predict: int, ctx_size: int, temperature: float) -> list[str]:
+    """What llama-completion gets: one user turn in the chat template if the file has one, plain completion if not; then
+    it exits. Without --jinja it aborts at a template that is none of the forty or so that it knows by heart."""
+    arguments = ["-m", str(file), "-p", prompt, "-n", str(n_predict), "-c", str(ctx_size), "--temp", str(temperature)]
+    return [*arguments, "--jinja", "--single-turn", "--no-display-prompt", "--simple-io", "--no-perf", "--no-warmup"]
 
 
 def last_error(log: str) -> str:

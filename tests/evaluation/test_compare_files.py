@@ -4,6 +4,7 @@ interruption."""
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 
 import gguf
@@ -21,7 +22,9 @@ from tacq_export.evaluation.emulate_stock import emulated_types, ggml_quantize, 
 from tacq_export.evaluation.score_task import TaskScore, wilson
 from tacq_export.evaluation.verify import compare_models
 from tacq_export.format.inspect_gguf import inspect_gguf
-from tacq_export.inputs.load_task import gguf_tokenizer, load_task, tokenize_for_loss, tokenize_task
+from tacq_export.inputs.load_task import load_task
+from tacq_export.inputs.tokenize_task import tokenize_for_loss, tokenize_task
+from tacq_export.inputs.tokenizer import ModelTokenizer
 from tacq_export.pipeline import export
 from tacq_export.reporting import Reporter
 
@@ -76,7 +79,7 @@ def compared(config):
 def test_rows_of_a_comparison(config, compared, ours):
     reference, mine, *stock = compared
     full = config.workdir / "reference-f16.gguf"
-    texts = tokenize_task(load_task(config.task), gguf_tokenizer(full), config.n_eval, 2048)
+    texts = tokenize_task(load_task(config.task), ModelTokenizer(full), config.n_eval, 2048)
     assert [row.kind for row in compared] == ["reference", "ours", "stock", "stock"]
     assert (
         (reference.kl, reference.top1, reference.wikitext2_kl) == (0, 1, 0)
@@ -152,10 +155,19 @@ def test_a_second_comparison_measures_only_what_is_new(config, compared, monkeyp
     assert [row.name for row in more] == ["reference, F16", "small", "Q2_K", "Q4_0", "Q5_0"], "stock files by size"
 
 
+def test_stock_files_of_another_calibration_text_are_not_used(config, compared, tmp_path):
+    """The text changes with the chat template and the schemas, which the task file does not show."""
+    shutil.copytree(config.workdir, tmp_path / "work")
+    text = tmp_path / "work" / "task.imatrix.txt"
+    text.write_text("so: " + text.read_text())
+    with pytest.raises(TacqError, match="work holds another comparison .the model's chat template or the schemas"):
+        compare_stock(replace(config, workdir=tmp_path / "work"), Reporter())
+
+
 def test_answers_alone_are_measured(config, compared, ours):
     """Beside the same file's whole texts, in the same work folder."""
     full = config.workdir / "reference-f16.gguf"
-    texts, begins = tokenize_for_loss("answer", load_task(config.task), gguf_tokenizer(full), config.n_eval, 2048)
+    texts, begins = tokenize_for_loss("answer", load_task(config.task), ModelTokenizer(full), config.n_eval, 2048)
     reference, mine = compare_stock(replace(config, types=(), text=None, loss="answer"), Reporter())
     assert mine.n_tokens == reference.n_tokens == sum(map(len, texts)) - sum(begins) < compared[1].n_tokens
     assert mine.kl == pytest.approx(

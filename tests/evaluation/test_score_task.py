@@ -10,7 +10,9 @@ import pytest
 from tacq_export.errors import TacqError
 from tacq_export.evaluation import score_task
 from tacq_export.evaluation.score_task import TaskScore, final_number, retention, score_gsm8k, wilson
-from tacq_export.inputs.load_task import Example, gguf_tokenizer, prompt_tokens, render_example
+from tacq_export.inputs.load_task import Example
+from tacq_export.inputs.tokenize_task import example_tokens, prompt_tokens
+from tacq_export.inputs.tokenizer import ModelTokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 HELD_OUT = ROOT / "tools" / "data" / "gsm8k-test-24.jsonl"
@@ -78,7 +80,7 @@ def test_retention_needs_the_same_examples_and_something_to_keep():
 
 @pytest.fixture(scope="module")
 def tokenizer(model):
-    return gguf_tokenizer(model)
+    return ModelTokenizer(model)
 
 
 def test_the_prompt_is_the_beginning_of_what_calibration_sees(tokenizer):
@@ -86,8 +88,9 @@ def test_the_prompt_is_the_beginning_of_what_calibration_sees(tokenizer):
         messages=({"role": "user", "content": "How much is 2 + 3?"}, {"role": "assistant", "content": "5"})
     )
     prompt = prompt_tokens(example, tokenizer)
-    whole = tokenizer(render_example(example, tokenizer), add_special_tokens=False)["input_ids"]
-    assert whole[: len(prompt)] == prompt and tokenizer.decode(prompt).endswith("<|im_start|>assistant\n")
+    whole = example_tokens(example, tokenizer)
+    assert whole[: len(prompt)] == prompt
+    assert tokenizer.text(prompt, special=True).endswith("<|im_start|>assistant\n")
 
 
 def test_gsm8k_with_the_real_model(model, tokenizer):

@@ -22,7 +22,7 @@ from tacq_export.evaluation.score_spider import (
     score_spider,
 )
 from tacq_export.evaluation.spider_databases import Literal, fill_database, literals_of, read_tables
-from tacq_export.inputs.load_task import gguf_tokenizer
+from tacq_export.inputs.tokenizer import ModelTokenizer
 
 # Two databases and some queries of Spider's development set (Yu et al. 2018, arXiv 1809.08887; CC BY-SA 4.0).
 PETS = """
@@ -342,7 +342,7 @@ def test_a_row_without_a_query_is_named(eval_file):
 
 def test_spider_with_the_real_model(model, eval_file):
     score = score_spider(
-        model, eval_file, eval_file.parent / "schemas.json", 2, gguf_tokenizer(model), 1, n_predict=12, parallel=2
+        model, eval_file, eval_file.parent / "schemas.json", 2, ModelTokenizer(model), 1, n_predict=12, parallel=2
     )
     assert score.n == 2 and all(score.answers)
 

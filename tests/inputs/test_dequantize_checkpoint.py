@@ -34,7 +34,9 @@ def test_each_layout_of_scales():
     torch.manual_seed(0)
     weight = torch.randn(5, 7).to(FP8)
     blocks, rows = torch.rand(3, 3) + 0.5, torch.rand(5) + 0.5
-    assert torch.equal(dequantize_fp8(weight, blocks, (2, 3), "w"), by_hand(weight, lambda i, j: blocks[i // 2, j // 3]))
+    assert torch.equal(
+        dequantize_fp8(weight, blocks, (2, 3), "w"), by_hand(weight, lambda i, j: blocks[i // 2, j // 3])
+    )
     assert torch.equal(dequantize_fp8(weight, rows, None, "w"), by_hand(weight, lambda i, j: rows[i]))
     assert torch.equal(dequantize_fp8(weight, rows[:, None], None, "w"), by_hand(weight, lambda i, j: rows[i]))
     for one in (torch.tensor(0.7), torch.tensor([0.7]), torch.tensor([[0.7]])):
@@ -141,5 +143,7 @@ def test_mxfp4_experts_become_bf16(tmp_path):
     assert got.dtype == torch.bfloat16 and got.shape == (2, 64, 6)
     for expert, row, column in ((0, 0, 0), (0, 3, 1), (1, 5, 63), (1, 2, 33)):
         byte = int(blocks[expert, row, column // 32, column % 32 // 2])
-        value = FP4_VALUES[byte >> 4 if column % 2 else byte & 15] * 2.0 ** (int(scales[expert, row, column // 32]) - 127)
+        value = FP4_VALUES[byte >> 4 if column % 2 else byte & 15] * 2.0 ** (
+            int(scales[expert, row, column // 32]) - 127
+        )
         assert float(got[expert, column, row]) == value

@@ -1,52 +1,15 @@
-"""Task files: every set of keys, how they become tokens, and each way to get a line wrong."""
+"""Task files: every format, every set of keys, and each way to get a row wrong."""
 
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 
 from tacq_export.errors import TacqError
-from tacq_export.inputs.load_task import (
-    Example,
-    Task,
-    compact_schema,
-    gguf_tokenizer,
-    load_task,
-    prompt_tokens,
-    render_example,
-    tidy_query,
-    tokenize_answers,
-    tokenize_task,
-)
-
-
-class Words:
-    """A tokenizer that can be followed by hand: a token is a word, BOS is 1."""
-
-    def __init__(self, template: str | None = "yes"):
-        self.chat_template = template
-        self.ids: dict[str, int] = {}
-
-    def __call__(self, text: str, add_special_tokens: bool = True, verbose: bool = True) -> dict:
-        return {
-            "input_ids": [1] * add_special_tokens
-            + [self.ids.setdefault(word, 10 + len(self.ids)) for word in text.split()]
-        }
-
-    def words(self, tokens: list[int]) -> list[str]:
-        names = {i: w for w, i in self.ids.items()} | {1: "BOS"}
-        return [names[t] for t in tokens]
-
-    def apply_chat_template(self, messages, tokenize, add_generation_prompt=False):
-        assert tokenize is False
-        if any(m["role"] == "nobody" for m in messages):
-            raise ValueError("Conversation roles must alternate")
-        return (
-            "BOS-of-template "
-            + " ".join(f"<{m['role']}> {m['content']}" for m in messages)
-            + " <assistant>" * add_generation_prompt
-        )
+from tacq_export.inputs.load_task import Example, Task, load_task
+from tacq_export.inputs.task_files import PlainText
 
 
 def write(tmp_path, content: str | bytes, name: str = "task.jsonl"):
@@ -66,14 +29,40 @@ USER_AND_ASSISTANT = ({"role": "user", "content": "what is 2 and 3"}, {"role": "
         ({"messages": [*USER_AND_ASSISTANT]}, Example(messages=USER_AND_ASSISTANT)),
         (
             {"messages": [{"role": "system", "content": "", "weight": 0}]},
-            Example(messages=({"role": "system", "content": ""},)),
+            Example(messages=({"role": "system", "content": "", "weight": 0},)),
+        ),
+        (
+            {"instruction": "add", "input": "2 and 3", "output": "5"},
+            Example(messages=({"role": "user", "content": "add\n\n2 and 3"}, {"role": "assistant", "content": "5"})),
+        ),
+        (
+            {"instruction": "add 2 and 3", "input": "", "output": "5", "history": [["hi", "hello"]], "text": "whole"},
+            Example(
+                messages=(
+                    {"role": "user", "content": "hi"},
+                    {"role": "assistant", "content": "hello"},
+                    {"role": "user", "content": "add 2 and 3"},
+                    {"role": "assistant", "content": "5"},
+                )
+            ),
+        ),
+        (
+            {"conversations": [{"from": "human", "value": "what is 2 and 3"}, {"from": "gpt", "value": "it is 5"}]},
+            Example(messages=USER_AND_ASSISTANT),
+        ),
+        ({"conversations": [*USER_AND_ASSISTANT]}, Example(messages=USER_AND_ASSISTANT)),
+        ({"prompt": [USER_AND_ASSISTANT[0]], "completion": [USER_AND_ASSISTANT[1]]}, Example(USER_AND_ASSISTANT)),
+        ({"prompt": "p", "prompt_id": 1, "messages": [*USER_AND_ASSISTANT]}, Example(messages=USER_AND_ASSISTANT)),
+        (
+            {"system": "Be short.", "question": "what is 2 and 3", "answer": "it is 5"},
+            Example(messages=({"role": "system", "content": "Be short."}, *USER_AND_ASSISTANT)),
         ),
         ({"text": " as it is\n"}, Example(text=" as it is\n")),
     ],
 )
 def test_every_set_of_keys(tmp_path, row, expected):
     task = load_task(write(tmp_path, json.dumps(row)))
-    assert task == Task("task", [expected], packed=False)
+    assert task == Task("task", [expected])
 
 
 def test_blank_lines_bom_windows_ends_and_line_separators_inside_strings(tmp_path):
@@ -83,12 +72,14 @@ def test_blank_lines_bom_windows_ends_and_line_separators_inside_strings(tmp_pat
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.JSONL", "a.json", "a.ndjson"])
 def test_endings_that_mean_json(tmp_path, name):
-    assert load_task(write(tmp_path, '{"text": "t"}', name)) == Task("a", [Example(text="t")], packed=False)
+    assert load_task(write(tmp_path, '{"text": "t"}', name)) == Task("a", [Example(text="t")])
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "notes.md", "notes"])
 def test_other_files_are_plain_text(tmp_path, name):
-    assert load_task(write(tmp_path, "one\ntwo {", name)) == Task("notes", [Example(text="one\ntwo {")], packed=True)
+    path = write(tmp_path, "one\ntwo {", name)
+    task = load_task(path)
+    assert task == Task("notes", [], PlainText(path)) and task.packed and task.text.head(5) == "one\nt"
 
 
 GOOD = '{"text": "good"}\n'
@@ -134,6 +125,43 @@ BAD_LINES = {
         '{"messages": [{"role": "user", "content": null}]}',
         'message 1 lacks a string "role" or "content"',
     ),
+    "an image": (
+        '{"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image_url"}]}]}',
+        "message 1 has a part of the type 'image_url', expected parts of text",
+    ),
+    "a part that is a string": (
+        '{"messages": [{"role": "user", "content": ["a"]}]}',
+        "message 1 has a part of the type 'str', expected parts of text",
+    ),
+    "the old function_call": (
+        '{"messages": [{"role": "assistant", "content": null, "function_call": {"name": "f", "arguments": "{}"}}]}',
+        'message 1 has a "function_call", the old form that chat templates do not know; write tool_calls',
+    ),
+    "the old functions": (
+        '{"messages": [{"role": "user", "content": "a"}], "functions": [{"name": "f"}]}',
+        '"functions" is the old form of "tools"',
+    ),
+    "tool calls without a name": (
+        '{"messages": [{"role": "assistant", "content": null, "tool_calls": [{"type": "function"}]}]}',
+        'message 1 has "tool_calls" that are no list of',
+    ),
+    "tools that are none": (
+        '{"messages": [{"role": "user", "content": "a"}], "tools": "search"}',
+        '"tools" is no list of {"type": "function"',
+    ),
+    "nobody speaks": (
+        '{"conversations": [{"from": "narrator", "value": "a"}]}',
+        "turn 1 is from 'narrator', expected one of: human, user, gpt",
+    ),
+    "a turn without value": (
+        '{"conversations": [{"from": "human", "text": "a"}]}',
+        'turn 1 of "conversations" lacks a string "from" or "value"',
+    ),
+    "no output": ('{"instruction": "a", "input": ""}', '"output" is missing, empty or no string'),
+    "tokens that were edited": (
+        '{"messages": [{"role": "assistant", "content": "a"}], "tokens": {"vocabulary": "v", "answer": ["a"]}}',
+        '"tokens" is not as tacq-export answer writes it',
+    ),
     "other keys": ('{"input": "a", "label": 1}', 'has the keys input, label, expected "question" and "answer"'),
     "no keys": ("{}", "has the keys none, expected"),
     "empty text": ('{"text": "  "}', "has the keys text, expected"),
@@ -173,232 +201,105 @@ def test_missing_files_folders_and_other_encodings_are_refused(tmp_path):
         load_task(write(tmp_path, '{"text": "a"}'.encode("utf-16"), "utf16.jsonl"))
 
 
-def test_conversations_go_through_the_template_and_get_no_second_bos():
-    words = Words()
-    task = Task("t", [Example(messages=USER_AND_ASSISTANT)], packed=False)
-    assert words.words(tokenize_task(task, words, 5, 100)[0]) == [
-        "BOS-of-template",
-        "<user>",
-        "what",
-        "is",
-        "2",
-        "and",
-        "3",
-        "<assistant>",
-        "it",
-        "is",
-        "5",
+TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
+CALL = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Paris"}'}}
+
+
+def test_tools_and_tool_calls_are_kept_as_they_are(tmp_path):
+    messages = [
+        {"role": "user", "content": [{"type": "text", "text": "Paris?"}], "name": "ann"},
+        {"role": "assistant", "content": None, "tool_calls": [CALL]},
+        {"role": "tool", "content": "sunny", "tool_call_id": "c1"},
+        {"role": "assistant", "content": "Sunny."},
+    ]
+    rows = [{"messages": messages, "tools": TOOLS}, {"messages": json.dumps(messages), "tools": json.dumps(TOOLS)}]
+    first, second = load_task(write(tmp_path, "".join(json.dumps(row) + "\n" for row in rows))).examples
+    assert first == second == Example(tuple(messages), tools=tuple(TOOLS)) and first.has_answer
+
+
+def test_share_gpt_calls_become_tool_calls(tmp_path):
+    turns = [
+        {"from": "system", "value": "s"},
+        {"from": "human", "value": "Paris?"},
+        {"from": "function_call", "value": '{"name": "weather", "arguments": {"city": "Paris"}}'},
+        {"from": "observation", "value": "sunny"},
+        {"from": "gpt", "value": "Sunny."},
+    ]
+    (example,) = load_task(write(tmp_path, json.dumps({"conversations": turns}))).examples
+    assert [m["role"] for m in example.messages] == ["system", "user", "assistant", "tool", "assistant"]
+    assert example.messages[2]["tool_calls"] == [
+        {"type": "function", "function": {"name": "weather", "arguments": {"city": "Paris"}}}
     ]
 
 
-def test_without_a_template_turns_are_joined_by_newlines_and_bos_is_added():
-    words = Words(template=None)
-    example = Example(messages=USER_AND_ASSISTANT)
-    assert render_example(example, words) == "what is 2 and 3\nit is 5"
-    assert words.words(tokenize_task(Task("t", [example], False), words, 5, 100)[0]) == [
-        "BOS",
-        "what",
-        "is",
-        "2",
-        "and",
-        "3",
-        "it",
-        "is",
-        "5",
-    ]
+def test_a_json_array_is_read_and_its_rows_are_numbered(tmp_path):
+    rows = [{"text": "one"}, {"text": "two"}]
+    for name in ("a.json", "a.jsonl"):
+        assert [e.text for e in load_task(write(tmp_path, json.dumps(rows, indent=1), name)).examples] == ["one", "two"]
+    assert load_task(write(tmp_path, json.dumps(rows[0], indent=1), "one.json")).examples == [Example(text="one")]
+    with pytest.raises(TacqError, match="a.json, example 2: a JSON int, expected an object with"):
+        load_task(write(tmp_path, '[{"text": "one"},\n 7]', "a.json"))
+    with pytest.raises(TacqError, match=r"a.json, line 2: not valid JSON \(Expecting value at column 1\)"):
+        load_task(write(tmp_path, '[{"text": "one"},\n]', "a.json"))
+    with pytest.raises(TacqError, match="a.jsonl, line 1: a JSON list, expected an object with"):
+        load_task(write(tmp_path, '[1]\n{"text": "one"}\n', "a.jsonl"))
 
 
-def test_text_examples_are_taken_as_they_are_also_with_a_template():
-    words = Words()
-    assert words.words(tokenize_task(Task("t", [Example(text="a b c")], False), words, 5, 100)[0]) == [
-        "BOS",
-        "a",
-        "b",
-        "c",
-    ]
-
-
-def test_a_template_that_raises_is_one_sentence():
-    task = Task("t", [Example(messages=({"role": "nobody", "content": "x"},))], False)
-    with pytest.raises(
-        TacqError,
-        match=r"The model's chat template refuses an example \(Conversation roles must alternate\); use roles it knows",
-    ):
-        tokenize_task(task, Words(), 5, 100)
-
-
-def test_the_first_n_examples_are_taken_and_cut():
-    words = Words()
-    task = Task("t", [Example(text=f"{i} b c d e f") for i in range(6)], False)
-    found = tokenize_task(task, words, 3, 4)
-    assert [words.words(t) for t in found] == [["BOS", str(i), "b", "c"] for i in range(3)]
-
-
-def test_examples_of_one_token_are_left_out_and_none_at_all_is_refused():
-    words = Words(template=None)
-    short, long = Example(messages=({"role": "user", "content": ""},)), Example(text="a b")
-    assert len(tokenize_task(Task("t", [short, long], False), words, 5, 100)) == 1
-    with pytest.raises(TacqError, match="The task 't' has no example of at least two tokens; give longer ones."):
-        tokenize_task(Task("t", [short, short], False), words, 5, 100)
+def test_tables_are_read_by_the_columns_that_are_named(tmp_path):
+    content = 'Q,A,n\n"what is\n2, 3",it is 5,1\n"say ""no""",no,2\n'
+    expected = [("what is\n2, 3", "it is 5"), ('say "no"', "no")]
+    columns = {"prompt": "Q", "completion": "A"}
+    tsv = "Q\tA\n" + "\n".join('"{}"\t{}'.format(q.replace('"', '""'), a) for q, a in expected)
+    for path in (write(tmp_path, content, "t.csv"), write(tmp_path, tsv, "t.tsv")):
+        found = [(e.messages[0]["content"], e.messages[1]["content"]) for e in load_task(path, columns).examples]
+        assert found == expected
+    assert load_task(write(tmp_path, '{"Q": "q", "A": "a"}'), columns).examples[0].messages[1]["content"] == "a"
+    assert load_task(write(tmp_path, "question,answer,id\nq,a,7\n", "t.csv")).unused == ["id"]
+    with pytest.raises(TacqError, match="t.csv, line 2: has no column 'Q', which --columns names; it has question, "):
+        load_task(write(tmp_path, "question,answer\nq,a\n", "t.csv"), columns)
+    with pytest.raises(TacqError, match="notes.txt is plain text and has no columns; leave --columns out"):
+        load_task(write(tmp_path, "plain", "notes.txt"), columns)
 
 
 @pytest.mark.parametrize(
-    ("template", "asked"),
-    [("yes", "BOS-of-template <user> what is 2 and 3 <assistant>"), (None, "BOS what is 2 and 3")],
-)
-def test_an_answer_begins_behind_what_the_model_is_asked(template, asked):
-    words = Words(template)
-    task = Task("t", [Example(messages=USER_AND_ASSISTANT)] * 2, packed=False)
-    texts, begins = tokenize_answers(task, words, 5, 100)
-    assert texts == tokenize_task(task, words, 5, 100) and len(begins) == 2
-    assert words.words(texts[0][: begins[0]]) == asked.split() and words.words(texts[0][begins[0] :]) == [
-        "it",
-        "is",
-        "5",
-    ]
-
-
-def test_an_answer_that_seq_len_cuts_off_is_left_out():
-    words = Words()
-    short = Example(messages=({"role": "user", "content": "hi"}, {"role": "assistant", "content": "it is 5"}))
-    task = Task("t", [Example(messages=USER_AND_ASSISTANT), short], packed=False)
-    texts, begins = tokenize_answers(task, words, 5, 6)
-    assert [words.words(t) for t in texts] == [
-        ["BOS-of-template", "<user>", "hi", "<assistant>", "it", "is"]
-    ] and begins == [4]
-    with pytest.raises(TacqError, match="No answer of the task 't' begins within 4 tokens; give a larger --seq-len."):
-        tokenize_answers(task, words, 5, 4)
-
-
-@pytest.mark.parametrize(
-    "task",
+    ("content", "message"),
     [
-        Task("t", [Example(text="a b c")], False),
-        Task("t", [Example(text="a b c")], True),
-        Task("t", [Example(messages=USER_AND_ASSISTANT[:1])], False),
+        ("question,answer\nq,a\nq,a,more\n", "t.csv, line 3: has 3 fields, and the header 2"),
+        ("question,answer\nq\n", "t.csv, line 2: has 1 fields, and the header 2"),
+        ("a,a\n1,2\n", "t.csv has two columns of the name 'a'"),
+        ('question,answer\n"q,a\n', "t.csv, line 2: no row of a table"),
+        ("question,answer\n", "t.csv is empty; put at least one example into it."),
+        ("", "t.csv is empty"),
     ],
-    ids=["text", "plain text", "no answer"],
 )
-def test_examples_without_an_answer_are_named(task):
-    with pytest.raises(
-        TacqError, match="Example 1 of the task 't' has no assistant's turn at its end; use --loss text."
-    ):
-        tokenize_answers(task, Words(), 5, 100)
+def test_a_malformed_table_is_named_by_its_line(tmp_path, content, message):
+    with pytest.raises(TacqError, match=message):
+        load_task(write(tmp_path, content, "t.csv"))
 
 
-def test_plain_text_is_cut_into_consecutive_windows():
-    words = Words()
-    task = Task("t", [Example(text=" ".join(f"w{i}" for i in range(22)))], packed=True)
-    windows = [words.words(t) for t in tokenize_task(task, words, 100, 8)]
-    everything = ["BOS"] + [f"w{i}" for i in range(22)]
-    assert windows == [everything[0:8], everything[8:16], everything[16:23]]
-    assert len(tokenize_task(task, words, 2, 8)) == 2
-    exact = Task(
-        "t", [Example(text=" ".join("w" for _ in range(16)))], packed=True
-    )  # 17 tokens: the last window has one only
-    assert [len(t) for t in tokenize_task(exact, words, 100, 8)] == [8, 8]
+def test_parquet_is_read_with_pyarrow(tmp_path):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    rows = [{"Q": f"q{i}", "chat": [{"role": "user", "content": f"c{i}", "tool_calls": None}]} for i in range(200)]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "t.parquet")
+    found = load_task(tmp_path / "t.parquet", {"messages": "chat"}).examples
+    assert len(found) == 200 and found[199].messages[0]["content"] == "c199"
+    assert len(load_task(tmp_path / "t.parquet", {"messages": "chat"}, 3).examples) == 3
+    with pytest.raises(TacqError, match="t.parquet, row 1: has no column 'A', which --columns names; it has Q, chat"):
+        load_task(tmp_path / "t.parquet", {"prompt": "Q", "completion": "A"})
+    with pytest.raises(TacqError, match="broken.parquet cannot be read as Parquet"):
+        load_task(write(tmp_path, "PAR1 no", "broken.parquet"))
 
 
-SCHEMA = (
-    'CREATE TABLE "pet shop" (\n  "ID" NUMERIC,\n  "name" TEXT,\n  PRIMARY KEY ("ID")\n);\nCREATE TABLE "pet" '
-    '(\n  "order" TEXT\n);\n'
-)
+def test_parquet_without_pyarrow_says_how_to_install_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(TacqError, match="t.parquet needs pyarrow to be read, .*; run 'pip install pyarrow', or save"):
+        load_task(write(tmp_path, "", "t.parquet"))
 
 
-def test_text_to_sql_rows_bring_their_schema_into_the_prompt(tmp_path):
-    (tmp_path / "schemas.json").write_text(
-        json.dumps({"shop": 'CREATE TABLE "pet" (\n  "ID" NUMERIC,\n  "name" TEXT\n);\n'})
-    )
-    row = {"db_id": "shop", "question": "Which pets are there? ", "query": "SELECT name ,  ID FROM pet"}
-    own = {"question": "How many?", "query": "SELECT count(*) FROM t", "schema": "CREATE TABLE t (a)"}
-    first, second = load_task(write(tmp_path, json.dumps(row) + "\n" + json.dumps(own))).examples
-    assert [m["role"] for m in first.messages] == ["user", "assistant"]
-    assert first.messages[0]["content"] == (
-        "CREATE TABLE pet (ID NUMERIC, name TEXT);\n\nQuestion: Which pets are there?\nAnswer with one SQLite query "
-        "in a ```sql block, nothing else."
-    )
-    assert first.messages[1]["content"] == "```sql\nSELECT name, ID FROM pet\n```"
-    assert second.messages[0]["content"].startswith("CREATE TABLE t (a)\n\nQuestion: How many?\n")
-
-
-def test_a_database_without_a_schema_is_one_sentence(tmp_path):
-    path = write(tmp_path, '{"db_id": "shop", "question": "q", "query": "SELECT 1"}')
-    with pytest.raises(
-        TacqError,
-        match=r'There is no .*schemas.json; put the CREATE TABLE texts there as .*, or into each row as "schema".',
-    ):
-        load_task(path)
-    for content, message in [
-        (
-            '{"other": "CREATE TABLE t (a)"}',
-            "task.jsonl, line 1: .*schemas.json has no database 'shop'; add its CREATE TABLE text there",
-        ),
-        ("[", "schemas.json is not valid JSON"),
-        ('{"shop": 3}', "schemas.json is no JSON object of db_id and CREATE TABLE text"),
-        ('["shop"]', "schemas.json is no JSON object"),
-    ]:
-        write(tmp_path, content, "schemas.json")
-        with pytest.raises(TacqError, match=message):
-            load_task(path)
-
-
-def test_a_schema_is_compact_and_means_the_same():
-    """Names that need their quotes keep them, here because one is a keyword and one has a space."""
-    assert (
-        compact_schema(SCHEMA)
-        == 'CREATE TABLE "pet shop" ("ID" NUMERIC, "name" TEXT, PRIMARY KEY ("ID"));\nCREATE TABLE "pet" ("order" '
-        "TEXT);"
-    )
-    assert compact_schema(SCHEMA.replace('"order"', '"kind"')) == (
-        'CREATE TABLE "pet shop" (ID NUMERIC, name TEXT, PRIMARY KEY (ID));\nCREATE TABLE pet (kind TEXT);'
-    )
-    assert compact_schema("  no SQL\n at all ") == "no SQL\n at all"
-
-
-def test_a_query_is_tidied_outside_its_quotes():
-    assert (
-        tidy_query(""" SELECT a ,  count( * )\nFROM t WHERE b  =  'x ,  y' AND c = "d  e" """)
-        == """SELECT a, count(*) FROM t WHERE b = 'x ,  y' AND c = "d  e\""""
-    )
-
-
-def test_the_prompt_of_an_example_ends_where_the_assistant_begins():
-    words = Words()
-    example = Example(messages=USER_AND_ASSISTANT)
-    assert words.words(prompt_tokens(example, words)) == [
-        "BOS-of-template",
-        "<user>",
-        "what",
-        "is",
-        "2",
-        "and",
-        "3",
-        "<assistant>",
-    ]
-    plain = Words(template=None)
-    assert plain.words(prompt_tokens(example, plain)) == ["BOS", "what", "is", "2", "and", "3"]
-    for other in (Example(text="a b"), Example(messages=USER_AND_ASSISTANT[:1])):
-        with pytest.raises(TacqError, match="has no assistant's turn at its end"):
-            prompt_tokens(other, words)
-    with pytest.raises(TacqError, match="The model's chat template refuses an example"):
-        prompt_tokens(Example(messages=({"role": "nobody", "content": "x"}, USER_AND_ASSISTANT[1])), words)
-
-
-def test_the_tokenizer_of_a_gguf_gives_the_tokens_of_the_folder(load_tiny, tiny_gguf, tiny_task):
-    task = load_task(tiny_task)
-    expected = tokenize_task(task, load_tiny("llama").tokenizer, 3, 2048)
-    assert tokenize_task(task, gguf_tokenizer(tiny_gguf), 3, 2048) == expected and len(expected) == 3
-
-
-def test_a_gguf_without_a_tokenizer_is_one_sentence(tmp_path):
-    import gguf
-
-    writer = gguf.GGUFWriter(tmp_path / "none.gguf", "llama")
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    with pytest.raises(
-        TacqError, match="transformers cannot read the tokenizer of .*none.gguf .*; compare on plain text with --text."
-    ):
-        gguf_tokenizer(tmp_path / "none.gguf")
+def test_only_the_rows_and_the_text_that_are_needed_are_read(tmp_path):
+    rows = "".join(json.dumps({"text": f"t{i}"}) + "\n" for i in range(5))
+    assert [e.text for e in load_task(write(tmp_path, rows + "{broken"), limit=2).examples] == ["t0", "t1"]
+    path = write(tmp_path, b"word " * 100_000 + b"\xff", "big.txt")
+    assert load_task(path).text.head(9) == "word word"
+    with pytest.raises(TacqError, match=r"big.txt is not UTF-8 text \(byte 500000\); save it as UTF-8."):
+        load_task(path).text.head(None)

@@ -16,7 +16,8 @@ import tacq_export.quantization.tune_vectors
 from tacq_export.config import ExportConfig
 from tacq_export.errors import TacqError
 from tacq_export.format.gguf_file import open_gguf, raw_bytes, tensor_values
-from tacq_export.inputs.load_task import load_task, tokenize_for_loss
+from tacq_export.inputs.load_task import load_task
+from tacq_export.inputs.tokenize_task import tokenize_for_loss
 from tacq_export.pipeline import export
 from tacq_export.quantization.quantize_model import head_tensor
 from tacq_export.quantization.tune_vectors import LinkedVector, VectorTuner, link_vectors, plan_tuning, save_head_inputs
