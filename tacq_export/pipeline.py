@@ -21,6 +21,7 @@ from .format.gguf_file import numpy_shape, open_gguf, raw_bytes, type_named
 from .format.pack_tensor import unpack_tensor
 from .format.tensor_types import FORMAT_VERSION, TYPES_BY_ID, TYPES_BY_NAME, TensorType
 from .format.write_gguf import PlannedTensor, copied, encoded, write_gguf
+from .inputs.check_function import check_function
 from .inputs.link_tensors import LinkedTensor
 from .inputs.load_model import LoadedModel, load_model
 from .inputs.load_task import load_task, tokenize_for_loss
@@ -73,6 +74,7 @@ def export(config: ExportConfig, reporter: Reporter | None = None) -> ExportResu
     try:
         loaded = load_model(config.model, work.path, config.device, reporter)
         texts, begins = tokenize_for_loss(config.loss, task, loaded.tokenizer, config.n_samples, config.seq_len)
+        check_function(loaded, texts, Path(config.model).is_file(), config.threads, reporter)
         fixed, head = fixed_types(loaded, config), head_tensor(loaded)
         tuning = plan_tuning(loaded, task, len(texts), config) if config.tune else None
         reporter.say(describe(loaded, texts, task.name, fixed, config))

@@ -12,21 +12,24 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from ..errors import TacqError
 from ..format.gguf_file import field_value, open_gguf
 from ..reporting import Reporter
+from .load_gguf import load_gguf_model
 
 
 def load_from_gguf(reference_path: Path, reporter: Reporter) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    reporter.say("Loading it with transformers ...")
+    """(model, tokenizer) of the float file, not the given one: torch then has the very numbers of the reference.
+
+    Raises TacqError as `load_gguf_model` does, and if transformers cannot read the tokenizer.
+    """
+    reporter.say("Loading it into torch ...")
+    model = load_gguf_model(reference_path)
     try:
-        # The float file, not the given one: torch then has the very numbers of the reference.
         with contextlib.redirect_stderr(io.StringIO()):  # its progress bars have no switch
             tokenizer = AutoTokenizer.from_pretrained(reference_path.parent, gguf_file=reference_path.name)
-            model = AutoModelForCausalLM.from_pretrained(
-                reference_path.parent, gguf_file=reference_path.name, dtype=torch.float32
-            )
-    except (ValueError, NotImplementedError, KeyError) as error:
+    except Exception as error:  # its loaders raise KeyError, TypeError, AttributeError, RuntimeError ...
         architecture = field_value(open_gguf(reference_path), "general.architecture")
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise TacqError(
-            f"transformers cannot load a GGUF of architecture '{architecture}' ({str(error).splitlines()[0]}); "
+            f"transformers cannot read the tokenizer of a GGUF of architecture '{architecture}' ({reason}); "
             "give the model's Hugging Face folder instead."
         ) from error
     return model, tokenizer

@@ -1,0 +1,434 @@
+"""A GGUF's keys and tensors as the config that transformers makes a model of, and what it has that torch does not use.
+
+transformers reads some thirty keys of a GGUF and takes its own defaults for the rest: rope scaling, windows, scales and
+experts are lost without a word. Here every key that decides the function has a line in `ATTRIBUTES`; what is not a
+number to copy (rope, windows, biases, query scales) has a function. Meanings are those of the pinned llama.cpp's
+`load_hparams` (src/llama-model.cpp, src/models/*.cpp) and of gguf-py's converter. `check_function` proves the outcome.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import gguf
+from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
+
+from ..errors import TacqError
+from ..format.gguf_file import field_value, numpy_shape, tensor_values
+
+# {architecture of a GGUF: model_type of transformers}
+MODEL_TYPES = {
+    "apertus": "apertus",
+    "arcee": "arcee",
+    "bloom": "bloom",
+    "chatglm": "glm",
+    "command-r": "cohere",
+    "cohere2": "cohere2",
+    "dots1": "dots1",
+    "ernie4_5": "ernie4_5",
+    "exaone4": "exaone4",
+    "falcon": "falcon",
+    "gemma": "gemma",
+    "gemma2": "gemma2",
+    "gemma3": "gemma3_text",
+    "glm4": "glm4",
+    "glm4moe": "glm4_moe",
+    "gpt-oss": "gpt_oss",
+    "gpt2": "gpt2",
+    "gptneox": "gpt_neox",
+    "granite": "granite",
+    "granitemoe": "granitemoe",
+    "hunyuan-dense": "hunyuan_v1_dense",
+    "lfm2": "lfm2",
+    "llama": "llama",
+    "mamba": "mamba",
+    "minicpm": "granite",  # the same function, of other constants
+    "mistral3": "ministral3",
+    "mpt": "mpt",
+    "nemotron": "nemotron",
+    "olmo": "olmo",
+    "olmo2": "olmo2",
+    "olmoe": "olmoe",
+    "phi2": "phi",
+    "phi3": "phi3",
+    "phimoe": "phimoe",
+    "qwen2": "qwen2",
+    "qwen2moe": "qwen2_moe",
+    "qwen3": "qwen3",
+    "qwen3moe": "qwen3_moe",
+    "seed_oss": "seed_oss",
+    "smollm3": "smollm3",
+    "stablelm": "stablelm",
+    "starcoder": "gpt_bigcode",
+    "starcoder2": "starcoder2",
+}
+
+# (key without the architecture, attributes of a transformers config that hold it: all that a config has are set)
+ATTRIBUTES: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("context_length", ("max_position_embeddings", "n_positions", "max_seq_len")),
+    ("block_count", ("num_hidden_layers",)),
+    ("embedding_length", ("hidden_size",)),
+    ("feed_forward_length", ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")),
+    ("attention.head_count", ("num_attention_heads",)),
+    ("attention.head_count_kv", ("num_key_value_heads", "num_kv_heads")),
+    ("attention.key_length", ("head_dim",)),
+    ("attention.layer_norm_rms_epsilon", ("rms_norm_eps", "norm_eps", "layer_norm_epsilon")),
+    ("attention.layer_norm_epsilon", ("layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps")),
+    ("attention.clamp_kqv", ("clip_qkv",)),
+    ("attn_logit_softcapping", ("attn_logit_softcapping",)),
+    ("final_logit_softcapping", ("final_logit_softcapping",)),
+    ("logit_scale", ("logits_scaling", "logit_scale")),
+    ("attention.scale", ("attention_multiplier",)),
+    ("embedding_scale", ("embedding_multiplier",)),
+    ("residual_scale", ("residual_multiplier",)),
+    ("use_parallel_residual", ("use_parallel_residual",)),
+    ("expert_count", ("num_local_experts", "num_experts", "n_routed_experts")),
+    ("expert_used_count", ("num_experts_per_tok",)),
+    ("expert_feed_forward_length", ("moe_intermediate_size",)),
+    ("expert_shared_feed_forward_length", ("shared_expert_intermediate_size", "shared_intermediate_size")),
+    ("expert_shared_count", ("n_shared_experts",)),
+    ("expert_group_count", ("n_group",)),
+    ("expert_group_used_count", ("topk_group",)),
+    ("expert_weights_scale", ("routed_scaling_factor",)),
+    ("expert_weights_norm", ("norm_topk_prob",)),
+    ("leading_dense_block_count", ("first_k_dense_replace",)),
+    ("shortconv.l_cache", ("conv_L_cache",)),
+    ("ssm.conv_kernel", ("conv_kernel",)),
+    ("ssm.state_size", ("state_size",)),
+    ("ssm.time_step_rank", ("time_step_rank",)),
+    ("ssm.inner_size", ("intermediate_size",)),
+)
+# Keys that other functions here read, or that do not decide the function.
+_READ_ELSEWHERE = {
+    "attention.value_length",
+    "attention.sliding_window",
+    "attention.sliding_window_pattern",
+    "rope.dimension_count",
+    "rope.freq_base",
+    "rope.freq_base_swa",
+    "rope.scale_linear",
+    "rope.scaling.type",
+    "rope.scaling.factor",
+    "rope.scaling.attn_factor",
+    "rope.scaling.original_context_length",
+    "rope.scaling.yarn_beta_fast",
+    "rope.scaling.yarn_beta_slow",
+    "rope.scaling.yarn_log_multiplier",
+    "rope.scaling.yarn_attn_factor",
+    "rope.scaling.finetuned",
+    "vocab_size",
+    "attention.causal",
+    "tensor_data_layout",
+    "pooling_type",
+    "attention.temperature_scale",
+}
+# {architecture: layers of a period, of which the last has no window}; llama.cpp uses no window in any other one.
+_WINDOW_PERIODS = {"cohere2": 4, "exaone4": 4, "gemma2": 2, "gemma3": 6, "gpt-oss": 2, "olmo2": 4}
+# {architecture: layers of Google's 27B}, whose queries are scaled by the width of a head as if heads shared hidden_size.
+_WIDE_QUERY_SCALE = {"gemma2": 46, "gemma3": 62}
+_NO_ROPE_EVERY_4TH = ("smollm3",)
+_ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+
+
+class Header:
+    """Keys and tensors of a GGUF by their short names."""
+
+    def __init__(self, reference: gguf.GGUFReader):
+        self.reference = reference
+        self.architecture = str(field_value(reference, "general.architecture"))
+        self.tensors = {tensor.name: tensor for tensor in reference.tensors}
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """Value of `key` of the architecture; of a list of equal values, one of them."""
+        value = field_value(self.reference, f"{self.architecture}.{key}")
+        if isinstance(value, list) and value and all(item == value[0] for item in value):
+            value = value[0]
+        return default if value is None else value
+
+    def has(self, *suffixes: str) -> bool:
+        """True if a block has a tensor of one of these names."""
+        return any(name.startswith("blk.") and name.endswith(suffixes) for name in self.tensors)
+
+    def values(self, name: str) -> list[float]:
+        return tensor_values(self.tensors[name]).reshape(-1).tolist()
+
+    @property
+    def head_dim(self) -> int:
+        return int(self.get("attention.key_length") or self.get("embedding_length") // self.get("attention.head_count"))
+
+
+def model_type(header: Header) -> str:
+    """model_type of transformers. Raises TacqError for an architecture that has none here."""
+    if header.architecture == "llama" and header.get("expert_count"):
+        return "mixtral"
+    if header.architecture == "olmo2" and header.get("attention.sliding_window"):
+        return "olmo3"
+    if header.architecture == "granitemoe" and header.get("expert_shared_feed_forward_length"):
+        return "granitemoeshared"
+    kind = MODEL_TYPES.get(header.architecture)
+    if kind is None or kind not in CONFIG_MAPPING:
+        raise TacqError(
+            f"tacq-export cannot make a torch model of a GGUF of architecture '{header.architecture}'; give the model's "
+            "Hugging Face folder (or hub id) instead."
+        )
+    return kind
+
+
+def config_from_gguf(reference: gguf.GGUFReader) -> PretrainedConfig:
+    """The config of the model that llama.cpp runs from this file.
+
+    Raises TacqError for an architecture without a counterpart in transformers, or a key that differs from block to
+    block where transformers has one value.
+    """
+    header = Header(reference)
+    config_class = CONFIG_MAPPING[model_type(header)]
+    known = config_class()
+    values: dict[str, Any] = {
+        "vocab_size": numpy_shape(header.tensors["token_embd.weight"])[0],
+        "tie_word_embeddings": "output.weight" not in header.tensors,
+        "pad_token_id": None,
+    }
+    for key, attributes in ATTRIBUTES:
+        value = header.get(key)
+        if value is None:
+            continue
+        for attribute in attributes:
+            if hasattr(known, attribute):
+                if isinstance(value, list):
+                    value = _one_for_all(header, key, value)
+                values[attribute] = value
+    if "num_key_value_heads" not in values and hasattr(known, "num_key_value_heads"):
+        values["num_key_value_heads"] = header.get("attention.head_count")
+    for rule in (_biases, _windows, _experts, _of_one_architecture):
+        values |= {name: value for name, value in rule(header, known) if hasattr(known, name)}
+    if getattr(known, "rope_parameters", None) is not None:
+        values |= rope_values(header, known)
+    renamed = getattr(config_class, "attribute_map", {})
+    try:
+        return config_class(**{renamed.get(name, name): value for name, value in values.items()})
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise TacqError(
+            f"transformers refuses the config of a GGUF of architecture '{header.architecture}' "
+            f"({(str(error).splitlines() or ['no reason given'])[0][:200]}); give the model's Hugging Face folder."
+        ) from error
+
+
+def _one_for_all(header: Header, key: str, value: list) -> Any:
+    if header.architecture == "lfm2" and key == "attention.head_count_kv":
+        return max(value)  # 0 marks a block without attention
+    raise TacqError(
+        f"The GGUF's key {header.architecture}.{key} differs from block to block ({str(value)[:60]}), which "
+        "transformers has no place for; give the model's Hugging Face folder."
+    )
+
+
+Rule = Callable[[Header, PretrainedConfig], Iterator[tuple[str, Any]]]
+
+
+def _biases(header: Header, known: PretrainedConfig) -> Iterator[tuple[str, Any]]:
+    attention = header.has("attn_q.bias", "attn_k.bias", "attn_v.bias", "attn_qkv.bias", "attn_output.bias")
+    yield "attention_bias", attention
+    yield "attention_out_bias", header.has("attn_output.bias")
+    yield "use_qkv_bias", attention
+    yield "mlp_bias", header.has("ffn_up.bias", "ffn_down.bias", "ffn_gate.bias")
+    yield "use_bias", attention or header.has("ffn_up.bias", "ffn_down.bias")
+    yield "bias", attention or header.has("ffn_up.bias", "ffn_down.bias")
+    yield "qk_layernorm", header.has("attn_q_norm.weight")
+    yield "use_qk_norm", header.has("attn_q_norm.weight")
+
+
+def _windows(header: Header, known: PretrainedConfig) -> Iterator[tuple[str, Any]]:
+    window, period = header.get("attention.sliding_window"), _WINDOW_PERIODS.get(header.architecture)
+    if not window or period is None or (header.architecture == "exaone4" and header.get("block_count") != 64):
+        yield "sliding_window", None
+        yield "layer_types", ["full_attention"] * header.get("block_count")
+        return
+    # The raw value: a list of equal values is a list here.
+    pattern = field_value(header.reference, f"{header.architecture}.attention.sliding_window_pattern")
+    if not isinstance(pattern, list):
+        pattern = [i % (pattern or period) < (pattern or period) - 1 for i in range(header.get("block_count"))]
+    yield "sliding_window", int(window)
+    yield "layer_types", ["sliding_attention" if sliding else "full_attention" for sliding in pattern]
+
+
+def _experts(header: Header, known: PretrainedConfig) -> Iterator[tuple[str, Any]]:
+    if header.architecture == "qwen3moe":
+        yield "norm_topk_prob", True  # src/models/qwen3moe.cpp has no key for it
+    if header.architecture == "gpt-oss":
+        yield "intermediate_size", header.get("expert_feed_forward_length")
+    if header.architecture in ("olmoe", "qwen2moe"):
+        yield "norm_topk_prob", False
+
+
+def _of_one_architecture(header: Header, known: PretrainedConfig) -> Iterator[tuple[str, Any]]:
+    """What a GGUF says with its architecture's name or its tensors."""
+    if header.architecture in ("gemma2", "gemma3"):
+        wide = header.get("block_count") == _WIDE_QUERY_SCALE[header.architecture]
+        yield (
+            "query_pre_attn_scalar",
+            header.get("embedding_length") // header.get("attention.head_count") if wide else header.head_dim,
+        )
+    if header.architecture == "stablelm":
+        yield "use_parallel_residual", not header.has("ffn_norm.weight")
+    if header.architecture == "minicpm":
+        blocks, width = header.get("block_count"), header.get("embedding_length")
+        yield "attention_multiplier", header.head_dim**-0.5
+        yield "embedding_multiplier", header.get("embedding_scale", 12.0)
+        yield "residual_multiplier", header.get("residual_scale", 1.4 / math.sqrt(blocks))
+        yield "logits_scaling", header.get("logit_scale", 256.0 / width)
+    if header.architecture in ("granite", "granitemoe") and header.get("attention.scale") is None:
+        yield "attention_multiplier", header.head_dim**-0.5
+    if header.architecture in _NO_ROPE_EVERY_4TH:
+        yield "no_rope_layers", [int((i + 1) % 4 != 0) for i in range(header.get("block_count"))]
+    if header.architecture == "lfm2":
+        heads = field_value(header.reference, "lfm2.attention.head_count_kv")
+        yield "layer_types", ["full_attention" if n else "conv" for n in heads]
+        yield "block_auto_adjust_ff_dim", False
+    if header.architecture == "falcon":
+        yield "num_kv_heads", header.get("attention.head_count_kv")
+        yield "new_decoder_architecture", header.has("attn_norm_2.weight")
+        yield "multi_query", header.get("attention.head_count_kv") == 1
+        yield "alibi", False
+        yield "parallel_attn", True
+
+
+def rope_values(header: Header, known: PretrainedConfig) -> dict[str, Any]:
+    """`rope_parameters` (nested by layer type where the config's are), and the older names of a partial rotation."""
+    theta = float(header.get("rope.freq_base", 10000.0))
+    rope = {"rope_theta": theta} | rope_scaling(header)
+    turned = int(header.get("rope.dimension_count") or header.head_dim)
+    values: dict[str, Any] = {}
+    if turned != header.head_dim:
+        rope["partial_rotary_factor"] = turned / header.head_dim
+        values |= {
+            name: turned / header.head_dim for name in ("partial_rotary_factor", "rotary_pct") if hasattr(known, name)
+        }
+    if "full_attention" in known.rope_parameters:
+        swa = {"rope_type": "default", "rope_theta": float(header.get("rope.freq_base_swa", 10000.0))}
+        return values | {"rope_parameters": {"full_attention": rope, "sliding_attention": swa}}
+    if header.architecture == "mistral3":
+        rope["llama_4_scaling_beta"] = float(header.get("attention.temperature_scale", 0.0))
+        rope.setdefault("original_max_position_embeddings", header.get("rope.scaling.original_context_length", 1))
+    if hasattr(known, "original_max_position_embeddings") and "original_max_position_embeddings" in rope:
+        values["original_max_position_embeddings"] = rope["original_max_position_embeddings"]
+    return values | {"rope_parameters": rope}
+
+
+def rope_scaling(header: Header) -> dict[str, Any]:
+    """rope_type and its parameters in transformers' terms.
+
+    Factors that stand in the file as a tensor (Llama 3, LongRoPE) are taken as they are: transformers' "longrope"
+    divides the frequency of each pair by a factor of its own, whatever rule the factors were made by.
+    """
+    context = int(header.get("context_length", 0))
+    original = int(header.get("rope.scaling.original_context_length", context))
+    kind = header.get("rope.scaling.type", "linear")
+    factor = float(header.get("rope.scaling.factor") or header.get("rope.scale_linear") or 1.0)
+    if kind == "none":
+        factor = 1.0
+    attention = float(header.get("rope.scaling.attn_factor", 1.0))
+    if "rope_factors_long.weight" in header.tensors or "rope_freqs.weight" in header.tensors:
+        both = "rope_factors_long.weight" in header.tensors
+        long, short = _ROPE_TENSORS[1:] if both else (_ROPE_TENSORS[0],) * 2
+        return {
+            "rope_type": "longrope",
+            "long_factor": [factor * x for x in header.values(long)],
+            "short_factor": [factor * x for x in header.values(short)],
+            "attention_factor": attention,
+            "original_max_position_embeddings": original,
+        }
+    if factor == 1.0:
+        return {"rope_type": "default"}
+    if kind == "yarn":
+        spread, log_multiplier = math.log(factor), header.get("rope.scaling.yarn_log_multiplier", 0.0)
+        scale = 1 + 0.1 * spread
+        if log_multiplier:
+            scale /= 1 + 0.1 * log_multiplier * spread
+        return {
+            "rope_type": "yarn",
+            "factor": factor,
+            "original_max_position_embeddings": original,
+            "beta_fast": float(header.get("rope.scaling.yarn_beta_fast", 32.0)),
+            "beta_slow": float(header.get("rope.scaling.yarn_beta_slow", 1.0)),
+            "attention_factor": scale * attention,
+        }
+    return {"rope_type": "linear", "factor": factor}
+
+
+def window_lengths(reference: gguf.GGUFReader, config: PretrainedConfig) -> list[int]:
+    """Lengths of text at which the model's function changes: sliding windows, and the reach of unscaled rope."""
+    header, lengths = Header(reference), set()
+    text_config = config.get_text_config()
+    for name in ("sliding_window", "attention_chunk_size", "original_max_position_embeddings"):
+        lengths.add(getattr(text_config, name, None))
+    rope = getattr(text_config, "rope_parameters", None) or {}
+    for parameters in [rope, *(value for value in rope.values() if isinstance(value, dict))]:
+        if parameters.get("rope_type") == "longrope":
+            lengths.add(parameters.get("original_max_position_embeddings"))
+    lengths.add(header.get("attention.sliding_window"))
+    return sorted(int(length) for length in lengths if isinstance(length, int) and length > 0)
+
+
+def differences(reference: gguf.GGUFReader, model: PreTrainedModel) -> list[str]:
+    """What the GGUF holds and the torch model does not use: phrases for a sentence, the likeliest causes first."""
+    header, config = Header(reference), model.config.get_text_config()
+    found = []
+    if header.architecture in MODEL_TYPES:
+        try:
+            expected = config_from_gguf(reference)
+        except TacqError:
+            expected = None
+        for name in _COMPARED if expected is not None and expected.model_type == config.model_type else ():
+            ours, theirs = getattr(expected, name, None), getattr(config, name, None)
+            if name == "rope_parameters":
+                ours, theirs = _plain_rope(ours), _plain_rope(theirs)
+            if ours != theirs and not (isinstance(ours, float) and math.isclose(ours, theirs or 0, rel_tol=1e-5)):
+                found.append(f"{name} is {_short(theirs)} in torch and {_short(ours)} in the GGUF")
+    known = {key for key, _ in ATTRIBUTES} | _READ_ELSEWHERE
+    unknown = [
+        key
+        for key in reference.fields
+        if key.startswith(header.architecture + ".") and key.removeprefix(header.architecture + ".") not in known
+    ]
+    if unknown:
+        found.append(f"the GGUF has {_list(unknown)}, of which tacq-export knows no counterpart in torch")
+    return found
+
+
+_COMPARED = (
+    "rope_parameters",
+    "sliding_window",
+    "query_pre_attn_scalar",
+    "attention_multiplier",
+    "embedding_multiplier",
+    "residual_multiplier",
+    "logits_scaling",
+    "logit_scale",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "rms_norm_eps",
+    "layer_norm_eps",
+    "norm_topk_prob",
+    "routed_scaling_factor",
+    "num_experts_per_tok",
+)
+
+
+def _plain_rope(rope: dict | None) -> dict:
+    """Only what both sides must share: factors of Llama 3 are a rule in one and a list in the other."""
+    rope = rope or {}
+    if "full_attention" in rope:
+        rope = rope["full_attention"] or {}
+    scaled = rope.get("rope_type", "default")
+    plain = {"rope_theta": rope.get("rope_theta"), "scaled": scaled not in ("default", None)}
+    return plain | ({"factor": rope.get("factor")} if scaled in ("linear", "yarn") else {})
+
+
+def _short(value: Any) -> str:
+    return str(value)[:80]
+
+
+def _list(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
