@@ -1,16 +1,18 @@
 """The model that is calibrated is the model that runs: torch and llama.cpp give the same next-token distributions.
 
-`link_tensors` proves the weights equal, number by number. This proves the function: rope, biases, scales, norms, windows
-and experts too. One calibration text goes through the torch model and through our llama.cpp with the float GGUF, and the
-logits are compared before anything long begins.
+`link_tensors` proves the weights equal, number by number. This measures the function: rope, biases, scales, norms,
+windows and experts too. One calibration text goes through the torch model and through our llama.cpp with the float
+GGUF, and the logits are compared before anything long begins.
 
 What is normal: llama.cpp multiplies F16 weights by activations rounded to F16 and keeps keys and values in F16. That
-costs a KL of 1e-8 to 1e-6 nats a token in tiny models and 4e-6 in SmolLM2-135M-Instruct, and a relative error of the
-logits of 5e-4 to 4e-3 (tests/inputs/test_check_function.py prints nothing, but holds both far below the limits).
-A dropped bias, rope scaling or window costs 1e-2 and more in either number.
+costs a KL of 2e-7 to 2e-5 nats a token and a relative error of the logits of 5e-4 to 3e-3 in tiny models of 45
+architectures; 4e-6 and 1e-3 in SmolLM2-135M-Instruct. A dropped bias, rope scaling or window costs 1e-2 and more
+in either number. A router turns to another expert where two are nearly as likely and the numbers differ by
+rounding; that moves the mean over positions (to 2e-3 in tiny models) and not the median, so models with experts are
+judged by the median.
 
-The context is llama.cpp's default one. llama-cli stores fewer keys of layers with a sliding window (`swa_full` off), but
-masks the same ones: what a token sees is the same.
+The context is llama.cpp's default one. llama-cli stores fewer keys of layers with a sliding window (`swa_full` off),
+but masks the same ones: what a token sees is the same.
 """
 
 from __future__ import annotations
@@ -25,15 +27,13 @@ import torch
 from ..errors import TacqError
 from ..reporting import Reporter
 from ..runtime.llama_logits import LlamaLogits
-from .gguf_config import differences, window_lengths
+from .gguf_differences import differences, window_lengths
 from .load_model import LoadedModel
 
 KL_LIMIT = 1e-3
 # Of the logits, less their mean at each position. It is for models with flat logits, whose KL is small whatever is
-# wrong: a KL of 1e-3 where logits spread by 2 is an error of about 2 %.
-ERROR_LIMIT = 0.03
-# Two routers that see slightly other numbers may pick another expert where two are nearly as likely; the tokens after it
-# see that too. Models with experts are judged by their median position, which such a flip does not move.
+# wrong. Where logits spread by 1, a KL of 1e-3 is an error of about 4 %.
+ERROR_LIMIT = 0.05
 _FIRST = 8  # texts that are looked at
 _TOKENS = 256  # of the text, more where a window needs it
 _LOGITS = 1 << 25  # held at once on each side: 128 MB
@@ -131,9 +131,10 @@ def _torch_logits(loaded: LoadedModel, text: list[int], positions: np.ndarray) -
         options["logits_to_keep"] = torch.from_numpy(positions).to(model.device)
     try:
         logits = model(input_ids=torch.tensor([text], device=model.device), use_cache=False, **options).logits[0]
-    except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, NotImplementedError) as error:
+    except Exception as error:  # the model's code is transformers', and raises whatever it runs into
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise TacqError(
-            f"torch cannot evaluate the model as transformers loads it ({_first_line(error)}); use another model."
+            f"torch cannot evaluate the model as transformers loads it ({reason}); use another model."
         ) from error
     return (logits if options else logits[torch.from_numpy(positions).to(logits.device)]).float().cpu()
 
@@ -147,10 +148,6 @@ def _llama_logits(
             inside = positions[(positions >= begin) & (positions < begin + len(logits))] - begin
             if len(inside):
                 yield logits[inside]
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def _refusal(loaded: LoadedModel, agreement: Agreement, passed: list[int], robust: bool, from_gguf: bool) -> str:
@@ -171,7 +168,7 @@ def _refusal(loaded: LoadedModel, agreement: Agreement, passed: list[int], robus
     before = agreement.positions < min(inside, default=0)
     if inside and before.any() and kl[before].mean() < KL_LIMIT and error[before].mean() < ERROR_LIMIT:
         causes.append(
-            f"they agree up to token {min(inside)} and not beyond, so one of them does not apply a window of that length"
+            f"they agree up to token {min(inside)} and not beyond, so one of them has no window of that length"
         )
         if not from_gguf:
             remedy = f"give --seq-len {min(inside)} or less, and keep prompts shorter than that when the model runs."

@@ -13,10 +13,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import gguf
-from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from ..errors import TacqError
-from ..format.gguf_file import field_value, numpy_shape, tensor_values
+from ..format.gguf_file import field_value, numpy_shape
+from .gguf_header import Header
+from .gguf_rope import rope_values
 
 # {architecture of a GGUF: model_type of transformers}
 MODEL_TYPES = {
@@ -46,7 +48,6 @@ MODEL_TYPES = {
     "mamba": "mamba",
     "minicpm": "granite",  # the same function, of other constants
     "mistral3": "ministral3",
-    "mpt": "mpt",
     "nemotron": "nemotron",
     "olmo": "olmo",
     "olmo2": "olmo2",
@@ -73,7 +74,6 @@ ATTRIBUTES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("feed_forward_length", ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")),
     ("attention.head_count", ("num_attention_heads",)),
     ("attention.head_count_kv", ("num_key_value_heads", "num_kv_heads")),
-    ("attention.key_length", ("head_dim",)),
     ("attention.layer_norm_rms_epsilon", ("rms_norm_eps", "norm_eps", "layer_norm_epsilon")),
     ("attention.layer_norm_epsilon", ("layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps")),
     ("attention.clamp_kqv", ("clip_qkv",)),
@@ -100,63 +100,11 @@ ATTRIBUTES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("ssm.time_step_rank", ("time_step_rank",)),
     ("ssm.inner_size", ("intermediate_size",)),
 )
-# Keys that other functions here read, or that do not decide the function.
-_READ_ELSEWHERE = {
-    "attention.value_length",
-    "attention.sliding_window",
-    "attention.sliding_window_pattern",
-    "rope.dimension_count",
-    "rope.freq_base",
-    "rope.freq_base_swa",
-    "rope.scale_linear",
-    "rope.scaling.type",
-    "rope.scaling.factor",
-    "rope.scaling.attn_factor",
-    "rope.scaling.original_context_length",
-    "rope.scaling.yarn_beta_fast",
-    "rope.scaling.yarn_beta_slow",
-    "rope.scaling.yarn_log_multiplier",
-    "rope.scaling.yarn_attn_factor",
-    "rope.scaling.finetuned",
-    "vocab_size",
-    "attention.causal",
-    "tensor_data_layout",
-    "pooling_type",
-    "attention.temperature_scale",
-}
 # {architecture: layers of a period, of which the last has no window}; llama.cpp uses no window in any other one.
 _WINDOW_PERIODS = {"cohere2": 4, "exaone4": 4, "gemma2": 2, "gemma3": 6, "gpt-oss": 2, "olmo2": 4}
-# {architecture: layers of Google's 27B}, whose queries are scaled by the width of a head as if heads shared hidden_size.
+# {architecture: layers of Google's 27B}: its queries are scaled as if the heads shared hidden_size.
 _WIDE_QUERY_SCALE = {"gemma2": 46, "gemma3": 62}
 _NO_ROPE_EVERY_4TH = ("smollm3",)
-_ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
-
-
-class Header:
-    """Keys and tensors of a GGUF by their short names."""
-
-    def __init__(self, reference: gguf.GGUFReader):
-        self.reference = reference
-        self.architecture = str(field_value(reference, "general.architecture"))
-        self.tensors = {tensor.name: tensor for tensor in reference.tensors}
-
-    def get(self, key: str, default: Any = None) -> Any:
-        """Value of `key` of the architecture; of a list of equal values, one of them."""
-        value = field_value(self.reference, f"{self.architecture}.{key}")
-        if isinstance(value, list) and value and all(item == value[0] for item in value):
-            value = value[0]
-        return default if value is None else value
-
-    def has(self, *suffixes: str) -> bool:
-        """True if a block has a tensor of one of these names."""
-        return any(name.startswith("blk.") and name.endswith(suffixes) for name in self.tensors)
-
-    def values(self, name: str) -> list[float]:
-        return tensor_values(self.tensors[name]).reshape(-1).tolist()
-
-    @property
-    def head_dim(self) -> int:
-        return int(self.get("attention.key_length") or self.get("embedding_length") // self.get("attention.head_count"))
 
 
 def model_type(header: Header) -> str:
@@ -170,8 +118,8 @@ def model_type(header: Header) -> str:
     kind = MODEL_TYPES.get(header.architecture)
     if kind is None or kind not in CONFIG_MAPPING:
         raise TacqError(
-            f"tacq-export cannot make a torch model of a GGUF of architecture '{header.architecture}'; give the model's "
-            "Hugging Face folder (or hub id) instead."
+            f"tacq-export cannot make a torch model of a GGUF of architecture '{header.architecture}'; give the "
+            "model's Hugging Face folder (or hub id) instead."
         )
     return kind
 
@@ -199,6 +147,8 @@ def config_from_gguf(reference: gguf.GGUFReader) -> PretrainedConfig:
                 if isinstance(value, list):
                     value = _one_for_all(header, key, value)
                 values[attribute] = value
+    if hasattr(known, "head_dim") and header.get("attention.head_count"):
+        values["head_dim"] = header.head_dim
     if "num_key_value_heads" not in values and hasattr(known, "num_key_value_heads"):
         values["num_key_value_heads"] = header.get("attention.head_count")
     for rule in (_biases, _windows, _experts, _of_one_architecture):
@@ -208,10 +158,10 @@ def config_from_gguf(reference: gguf.GGUFReader) -> PretrainedConfig:
     renamed = getattr(config_class, "attribute_map", {})
     try:
         return config_class(**{renamed.get(name, name): value for name, value in values.items()})
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except Exception as error:  # its configs validate themselves, and raise errors of several libraries
         raise TacqError(
             f"transformers refuses the config of a GGUF of architecture '{header.architecture}' "
-            f"({(str(error).splitlines() or ['no reason given'])[0][:200]}); give the model's Hugging Face folder."
+            f"({' '.join(str(error).split())[:200]}); give the model's Hugging Face folder."
         ) from error
 
 
@@ -256,7 +206,7 @@ def _windows(header: Header, known: PretrainedConfig) -> Iterator[tuple[str, Any
 def _experts(header: Header, known: PretrainedConfig) -> Iterator[tuple[str, Any]]:
     if header.architecture == "qwen3moe":
         yield "norm_topk_prob", True  # src/models/qwen3moe.cpp has no key for it
-    if header.architecture == "gpt-oss":
+    if header.architecture == "gpt-oss" and header.get("expert_feed_forward_length"):
         yield "intermediate_size", header.get("expert_feed_forward_length")
     if header.architecture in ("olmoe", "qwen2moe"):
         yield "norm_topk_prob", False
@@ -292,143 +242,3 @@ def _of_one_architecture(header: Header, known: PretrainedConfig) -> Iterator[tu
         yield "multi_query", header.get("attention.head_count_kv") == 1
         yield "alibi", False
         yield "parallel_attn", True
-
-
-def rope_values(header: Header, known: PretrainedConfig) -> dict[str, Any]:
-    """`rope_parameters` (nested by layer type where the config's are), and the older names of a partial rotation."""
-    theta = float(header.get("rope.freq_base", 10000.0))
-    rope = {"rope_theta": theta} | rope_scaling(header)
-    turned = int(header.get("rope.dimension_count") or header.head_dim)
-    values: dict[str, Any] = {}
-    if turned != header.head_dim:
-        rope["partial_rotary_factor"] = turned / header.head_dim
-        values |= {
-            name: turned / header.head_dim for name in ("partial_rotary_factor", "rotary_pct") if hasattr(known, name)
-        }
-    if "full_attention" in known.rope_parameters:
-        swa = {"rope_type": "default", "rope_theta": float(header.get("rope.freq_base_swa", 10000.0))}
-        return values | {"rope_parameters": {"full_attention": rope, "sliding_attention": swa}}
-    if header.architecture == "mistral3":
-        rope["llama_4_scaling_beta"] = float(header.get("attention.temperature_scale", 0.0))
-        rope.setdefault("original_max_position_embeddings", header.get("rope.scaling.original_context_length", 1))
-    if hasattr(known, "original_max_position_embeddings") and "original_max_position_embeddings" in rope:
-        values["original_max_position_embeddings"] = rope["original_max_position_embeddings"]
-    return values | {"rope_parameters": rope}
-
-
-def rope_scaling(header: Header) -> dict[str, Any]:
-    """rope_type and its parameters in transformers' terms.
-
-    Factors that stand in the file as a tensor (Llama 3, LongRoPE) are taken as they are: transformers' "longrope"
-    divides the frequency of each pair by a factor of its own, whatever rule the factors were made by.
-    """
-    context = int(header.get("context_length", 0))
-    original = int(header.get("rope.scaling.original_context_length", context))
-    kind = header.get("rope.scaling.type", "linear")
-    factor = float(header.get("rope.scaling.factor") or header.get("rope.scale_linear") or 1.0)
-    if kind == "none":
-        factor = 1.0
-    attention = float(header.get("rope.scaling.attn_factor", 1.0))
-    if "rope_factors_long.weight" in header.tensors or "rope_freqs.weight" in header.tensors:
-        both = "rope_factors_long.weight" in header.tensors
-        long, short = _ROPE_TENSORS[1:] if both else (_ROPE_TENSORS[0],) * 2
-        return {
-            "rope_type": "longrope",
-            "long_factor": [factor * x for x in header.values(long)],
-            "short_factor": [factor * x for x in header.values(short)],
-            "attention_factor": attention,
-            "original_max_position_embeddings": original,
-        }
-    if factor == 1.0:
-        return {"rope_type": "default"}
-    if kind == "yarn":
-        spread, log_multiplier = math.log(factor), header.get("rope.scaling.yarn_log_multiplier", 0.0)
-        scale = 1 + 0.1 * spread
-        if log_multiplier:
-            scale /= 1 + 0.1 * log_multiplier * spread
-        return {
-            "rope_type": "yarn",
-            "factor": factor,
-            "original_max_position_embeddings": original,
-            "beta_fast": float(header.get("rope.scaling.yarn_beta_fast", 32.0)),
-            "beta_slow": float(header.get("rope.scaling.yarn_beta_slow", 1.0)),
-            "attention_factor": scale * attention,
-        }
-    return {"rope_type": "linear", "factor": factor}
-
-
-def window_lengths(reference: gguf.GGUFReader, config: PretrainedConfig) -> list[int]:
-    """Lengths of text at which the model's function changes: sliding windows, and the reach of unscaled rope."""
-    header, lengths = Header(reference), set()
-    text_config = config.get_text_config()
-    for name in ("sliding_window", "attention_chunk_size", "original_max_position_embeddings"):
-        lengths.add(getattr(text_config, name, None))
-    rope = getattr(text_config, "rope_parameters", None) or {}
-    for parameters in [rope, *(value for value in rope.values() if isinstance(value, dict))]:
-        if parameters.get("rope_type") == "longrope":
-            lengths.add(parameters.get("original_max_position_embeddings"))
-    lengths.add(header.get("attention.sliding_window"))
-    return sorted(int(length) for length in lengths if isinstance(length, int) and length > 0)
-
-
-def differences(reference: gguf.GGUFReader, model: PreTrainedModel) -> list[str]:
-    """What the GGUF holds and the torch model does not use: phrases for a sentence, the likeliest causes first."""
-    header, config = Header(reference), model.config.get_text_config()
-    found = []
-    if header.architecture in MODEL_TYPES:
-        try:
-            expected = config_from_gguf(reference)
-        except TacqError:
-            expected = None
-        for name in _COMPARED if expected is not None and expected.model_type == config.model_type else ():
-            ours, theirs = getattr(expected, name, None), getattr(config, name, None)
-            if name == "rope_parameters":
-                ours, theirs = _plain_rope(ours), _plain_rope(theirs)
-            if ours != theirs and not (isinstance(ours, float) and math.isclose(ours, theirs or 0, rel_tol=1e-5)):
-                found.append(f"{name} is {_short(theirs)} in torch and {_short(ours)} in the GGUF")
-    known = {key for key, _ in ATTRIBUTES} | _READ_ELSEWHERE
-    unknown = [
-        key
-        for key in reference.fields
-        if key.startswith(header.architecture + ".") and key.removeprefix(header.architecture + ".") not in known
-    ]
-    if unknown:
-        found.append(f"the GGUF has {_list(unknown)}, of which tacq-export knows no counterpart in torch")
-    return found
-
-
-_COMPARED = (
-    "rope_parameters",
-    "sliding_window",
-    "query_pre_attn_scalar",
-    "attention_multiplier",
-    "embedding_multiplier",
-    "residual_multiplier",
-    "logits_scaling",
-    "logit_scale",
-    "attn_logit_softcapping",
-    "final_logit_softcapping",
-    "rms_norm_eps",
-    "layer_norm_eps",
-    "norm_topk_prob",
-    "routed_scaling_factor",
-    "num_experts_per_tok",
-)
-
-
-def _plain_rope(rope: dict | None) -> dict:
-    """Only what both sides must share: factors of Llama 3 are a rule in one and a list in the other."""
-    rope = rope or {}
-    if "full_attention" in rope:
-        rope = rope["full_attention"] or {}
-    scaled = rope.get("rope_type", "default")
-    plain = {"rope_theta": rope.get("rope_theta"), "scaled": scaled not in ("default", None)}
-    return plain | ({"factor": rope.get("factor")} if scaled in ("linear", "yarn") else {})
-
-
-def _short(value: Any) -> str:
-    return str(value)[:80]
-
-
-def _list(names: list[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

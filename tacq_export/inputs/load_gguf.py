@@ -8,9 +8,11 @@ refused by name. What cannot be proven here (that the functions are equal) is me
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -20,17 +22,29 @@ from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import TacqError
-from ..format.gguf_file import open_gguf, tensor_values
-from .gguf_config import Header, config_from_gguf
+from ..format.gguf_file import field_value, open_gguf, tensor_values
+from .gguf_config import config_from_gguf
+from .gguf_header import Header
 from .link_tensors import tensor_names
 
 FOLDER = "give the model's Hugging Face folder (or hub id) instead"
 # Architectures whose rows of q and k the converter reorders: llama.cpp's rope turns neighbours, torch's turns halves.
 _REORDERED = {"llama", "granite", "granitemoe", "minicpm", "mistral3", "olmo", "smollm3", "arcee"}
+# Architectures whose fused rows of q, k and v the converter sorts; torch has them head by head.
+_FUSED_BY_HEAD = {"bloom", "falcon", "gptneox"}
 # Norms that multiply by 1 + weight in torch are stored with the 1 added.
 _SHIFTED_NORMS = {"gemma", "gemma2", "gemma3", "nemotron"}
 # Tensors that are no parameters: `gguf_config` reads them.
 _CONSTANTS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+# (in today's names of transformers, in those that gguf-py knows)
+_ALIASES = (
+    ("", ""),
+    ("block_sparse_moe.experts.", "mlp.experts."),
+    ("block_sparse_moe.router", "mlp.gate"),
+    ("mlp.router", "mlp.gate"),
+    ("shared_mlp.input_linear", "mlp.shared_expert.gate_up_proj"),
+    ("shared_mlp.output_linear", "mlp.shared_expert.down_proj"),
+)
 _PREFIXES = ("", "model.", "transformer.", "model.language_model.")
 
 
@@ -45,8 +59,8 @@ def load_gguf_model(path: Path) -> PreTrainedModel:
     config = config_from_gguf(reference)
     try:
         model = _empty_model(config)
-    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError, ImportError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+    except Exception as error:  # a model's constructor raises whatever its config makes it raise
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise TacqError(
             f"transformers cannot make a model of architecture '{header.architecture}' from the GGUF's keys "
             f"({reason}); {FOLDER}."
@@ -57,7 +71,8 @@ def load_gguf_model(path: Path) -> PreTrainedModel:
 
 def _empty_model(config: PretrainedConfig) -> PreTrainedModel:
     with no_init_weights():  # every parameter is filled, or the model refused
-        return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config).float()
+        model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        return model_class(config).float()
 
 
 @torch.no_grad()
@@ -75,7 +90,10 @@ def _fill(model: PreTrainedModel, header: Header, name_map: gguf.TensorNameMap) 
             (found for found in _candidates(name, name_map) if all(one in header.tensors for one in found)), None
         )
         if sources is None:
-            if name.endswith(".bias") and name.removesuffix("bias") + "weight" in dict(targets):
+            from_key = _from_key(name, header)
+            if from_key is not None:
+                parameter.fill_(from_key)
+            elif name.endswith(".bias") and name.removesuffix("bias") + "weight" in dict(targets):
                 parameter.zero_()  # llama.cpp adds none
             else:
                 missing.append(name)
@@ -95,6 +113,15 @@ def _fill(model: PreTrainedModel, header: Header, name_map: gguf.TensorNameMap) 
             )
 
 
+def _from_key(name: str, header: Header) -> float | None:
+    """Value of a parameter of one number that stands in a key, a number a block: those of Apertus's activation."""
+    found = re.search(r"layers\.(\d+)\.mlp\.act_fn\.(alpha_p|alpha_n|beta|eps)$", name)
+    values = field_value(header.reference, f"xielu.{found[2]}") if found else None
+    if found is None or values is None:
+        return None
+    return float(values[int(found[1])] if isinstance(values, list) else values)
+
+
 def _persistent_buffers(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
     saved = model.state_dict(keep_vars=True)
     for name, buffer in model.named_buffers():
@@ -110,20 +137,17 @@ def _candidates(name: str, name_map: gguf.TensorNameMap) -> Iterator[tuple[str, 
         spellings = [(stem, "." + suffix)]
     elif suffix.endswith("_bias"):
         spellings = [(name.removesuffix("_bias"), ".bias"), (name, ".bias")]
-    for base, ending in spellings:
-        for own in _PREFIXES:
-            for other in _PREFIXES:
-                if base.startswith(own):
-                    renamed = other + base.removeprefix(own)
-                    found = name_map.get_name(renamed)
-                    if found is not None:
-                        yield (found + ending,)
-                    if "gate_up_proj" in renamed:
-                        parts = [
-                            name_map.get_name(renamed.replace("gate_up_proj", part)) for part in ("gate_proj", "up_proj")
-                        ]
-                        if all(parts):
-                            yield tuple(f"{part}{ending}" for part in parts)
+    for (base, ending), (today, known), own, other in itertools.product(spellings, _ALIASES, _PREFIXES, _PREFIXES):
+        if today not in base or not base.startswith(own):
+            continue
+        renamed = other + base.removeprefix(own).replace(today, known, 1)
+        found = name_map.get_name(renamed)
+        if found is not None:
+            yield (found + ending,)
+        if "gate_up_proj" in renamed:
+            parts = [name_map.get_name(renamed.replace("gate_up_proj", part)) for part in ("gate_proj", "up_proj")]
+            if None not in parts:
+                yield tuple(f"{part}{ending}" for part in parts)
 
 
 def _undone(name: str, header: Header) -> np.ndarray:
@@ -137,6 +161,12 @@ def _undone(name: str, header: Header) -> np.ndarray:
             heads = header.get("attention.head_count_kv", heads)
         pairs = values.reshape(heads, values.shape[0] // heads // 2, 2, *values.shape[1:])
         return pairs.swapaxes(1, 2).reshape(values.shape)
+    if header.architecture in _FUSED_BY_HEAD and ".attn_qkv." in name:
+        heads = header.get("attention.head_count")
+        groups = header.get("attention.head_count_kv", heads)
+        width, rest = values.shape[0] // (heads + 2 * groups), values.shape[1:]
+        parts = np.split(values, [heads * width, (heads + groups) * width])
+        return np.concatenate([part.reshape(groups, -1, width, *rest) for part in parts], 1).reshape(values.shape)
     return values
 
 
@@ -150,7 +180,7 @@ def _fitted(
         tensors = [tensor.transpose(-1, -2) if tensor.dim() == 3 else tensor for tensor in tensors]
         tensor = torch.stack(tensors, -1).flatten(-2) if len(tensors) == 2 else tensors[0]
     else:
-        tensor = torch.cat(tensors, 1) if len(tensors) == 2 else tensors[0]
+        tensor = torch.cat(tensors, -2) if len(tensors) == 2 else tensors[0]
     if isinstance(owner, Conv1D) and tensor.dim() == 2:
         tensor = tensor.T
     squeezed = [n for n in parameter.shape if n != 1] == [n for n in tensor.shape if n != 1]
