@@ -153,7 +153,7 @@ def _llama_logits(
 def _refusal(loaded: LoadedModel, agreement: Agreement, passed: list[int], robust: bool, from_gguf: bool) -> str:
     """One sentence: how far apart, why as far as it can be told, and what to do."""
     remedy = (
-        "give the model's Hugging Face folder (or hub id) instead of the GGUF."
+        "give the model's Hugging Face folder instead of the GGUF."
         if from_gguf
         else "llama.cpp does not run this model as transformers does, so use another one."
     )

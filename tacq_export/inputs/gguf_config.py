@@ -35,6 +35,7 @@ MODEL_TYPES = {
     "gemma": "gemma",
     "gemma2": "gemma2",
     "gemma3": "gemma3_text",
+    "gemma4": "gemma4_text",
     "glm4": "glm4",
     "glm4moe": "glm4_moe",
     "gpt-oss": "gpt_oss",
@@ -101,7 +102,7 @@ ATTRIBUTES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("ssm.inner_size", ("intermediate_size",)),
 )
 # {architecture: layers of a period, of which the last has no window}; llama.cpp uses no window in any other one.
-_WINDOW_PERIODS = {"cohere2": 4, "exaone4": 4, "gemma2": 2, "gemma3": 6, "gpt-oss": 2, "olmo2": 4}
+_WINDOW_PERIODS = {"cohere2": 4, "exaone4": 4, "gemma2": 2, "gemma3": 6, "gemma4": 6, "gpt-oss": 2, "olmo2": 4}
 # {architecture: layers of Google's 27B}: its queries are scaled as if the heads shared hidden_size.
 _WIDE_QUERY_SCALE = {"gemma2": 46, "gemma3": 62}
 _NO_ROPE_EVERY_4TH = ("smollm3",)
@@ -118,8 +119,8 @@ def model_type(header: Header) -> str:
     kind = MODEL_TYPES.get(header.architecture)
     if kind is None or kind not in CONFIG_MAPPING:
         raise TacqError(
-            f"tacq-export cannot make a torch model of a GGUF of architecture '{header.architecture}'; give the "
-            "model's Hugging Face folder (or hub id) instead."
+            f"transformers cannot load a GGUF of architecture '{header.architecture}', nor can tacq-export; give the "
+            "model's Hugging Face folder instead."
         )
     return kind
 
@@ -153,6 +154,8 @@ def config_from_gguf(reference: gguf.GGUFReader) -> PretrainedConfig:
         values["num_key_value_heads"] = header.get("attention.head_count")
     for rule in (_biases, _windows, _experts, _of_one_architecture):
         values |= {name: value for name, value in rule(header, known) if hasattr(known, name)}
+    if header.architecture == "gemma4":
+        values |= dict(_gemma4(header))
     if getattr(known, "rope_parameters", None) is not None:
         values |= rope_values(header, known)
     renamed = getattr(config_class, "attribute_map", {})
@@ -161,16 +164,18 @@ def config_from_gguf(reference: gguf.GGUFReader) -> PretrainedConfig:
     except Exception as error:  # its configs validate themselves, and raise errors of several libraries
         raise TacqError(
             f"transformers refuses the config of a GGUF of architecture '{header.architecture}' "
-            f"({' '.join(str(error).split())[:200]}); give the model's Hugging Face folder."
+            f"({' '.join(str(error).split())[:200]}); give the model's Hugging Face folder instead."
         ) from error
 
 
 def _one_for_all(header: Header, key: str, value: list) -> Any:
+    if header.architecture == "gemma4" and key in ("feed_forward_length", "attention.head_count_kv"):
+        return min(value)  # `_gemma4` has a place for both
     if header.architecture == "lfm2" and key == "attention.head_count_kv":
         return max(value)  # 0 marks a block without attention
     raise TacqError(
         f"The GGUF's key {header.architecture}.{key} differs from block to block ({str(value)[:60]}), which "
-        "transformers has no place for; give the model's Hugging Face folder."
+        "transformers has no place for; give the model's Hugging Face folder instead."
     )
 
 
@@ -242,3 +247,27 @@ def _of_one_architecture(header: Header, known: PretrainedConfig) -> Iterator[tu
         yield "multi_query", header.get("attention.head_count_kv") == 1
         yield "alibi", False
         yield "parallel_attn", True
+
+
+def _gemma4(header: Header) -> Iterator[tuple[str, Any]]:
+    """Two kinds of blocks with heads of their own, keys shared among the last ones, and embeddings for each block."""
+    # The raw value: a list of equal values is a list here.
+    sliding = field_value(header.reference, "gemma4.attention.sliding_window_pattern")
+    heads = field_value(header.reference, "gemma4.attention.head_count_kv")
+    if isinstance(heads, list):
+        yield "num_key_value_heads", next((n for n, window in zip(heads, sliding, strict=True) if window), heads[0])
+        yield "num_global_key_value_heads", next(n for n, window in zip(heads, sliding, strict=True) if not window)
+    yield "head_dim", header.get("attention.key_length_swa")
+    yield "global_head_dim", header.get("attention.key_length")
+    yield "num_kv_shared_layers", header.get("attention.shared_kv_layers", 0)
+    yield "hidden_size_per_layer_input", header.get("embedding_length_per_layer_input", 0)
+    yield "use_double_wide_mlp", isinstance(header.get("feed_forward_length"), list)
+    full = [block for block, window in enumerate(sliding) if not window]
+    yield "attention_k_eq_v", any(f"blk.{block}.attn_v.weight" not in header.tensors for block in full)
+    if "per_layer_token_embd.weight" in header.tensors:
+        yield "vocab_size_per_layer_input", numpy_shape(header.tensors["per_layer_token_embd.weight"])[0]
+    if header.get("expert_count"):
+        yield "enable_moe_block", True
+        yield "num_experts", header.get("expert_count")
+        yield "top_k_experts", header.get("expert_used_count")
+        yield "moe_intermediate_size", header.get("expert_feed_forward_length")

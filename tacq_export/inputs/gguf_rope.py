@@ -28,7 +28,14 @@ def rope_values(header: Header, known: PretrainedConfig) -> dict[str, Any]:
         }
     if "full_attention" in known.rope_parameters:
         swa = {"rope_type": "default", "rope_theta": float(header.get("rope.freq_base_swa", 10000.0))}
+        if header.architecture == "gemma4":
+            # Pairs that do not turn have an endless factor (conversion/gemma.py): transformers' "proportional".
+            factors = header.values("rope_freqs.weight")
+            share = sum(factor < 1e29 for factor in factors) / len(factors)
+            rope = {"rope_type": "proportional", "rope_theta": theta, "partial_rotary_factor": share}
         return values | {"rope_parameters": {"full_attention": rope, "sliding_attention": swa}}
+    if header.architecture == "phimoe" and rope["rope_type"] == "longrope":
+        rope |= {"short_mscale": rope["attention_factor"], "long_mscale": rope["attention_factor"]}
     if header.architecture == "mistral3":
         rope["llama_4_scaling_beta"] = float(header.get("attention.temperature_scale", 0.0))
         rope.setdefault("original_max_position_embeddings", header.get("rope.scaling.original_context_length", 1))

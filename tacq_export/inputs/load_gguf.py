@@ -27,7 +27,7 @@ from .gguf_config import config_from_gguf
 from .gguf_header import Header
 from .link_tensors import tensor_names
 
-FOLDER = "give the model's Hugging Face folder (or hub id) instead"
+FOLDER = "give the model's Hugging Face folder instead"
 # Architectures whose rows of q and k the converter reorders: llama.cpp's rope turns neighbours, torch's turns halves.
 _REORDERED = {"llama", "granite", "granitemoe", "minicpm", "mistral3", "olmo", "smollm3", "arcee"}
 # Architectures whose fused rows of q, k and v the converter sorts; torch has them head by head.

@@ -58,7 +58,7 @@ def test_a_changed_norm_is_refused_with_the_numbers(load_tiny):
     assert float(found[1]) == pytest.approx(agreement.kl.mean(), rel=0.1)
     assert float(found[2]) == pytest.approx(agreement.error.mean(), rel=0.1) == pytest.approx(0.5, abs=0.01)
     assert "first token" not in message, "they differ from the first on"
-    assert message.endswith("give the model's Hugging Face folder (or hub id) instead of the GGUF.")
+    assert message.endswith("give the model's Hugging Face folder instead of the GGUF.")
 
 
 def test_a_dropped_bias_and_a_changed_rope_are_refused(sharp):
