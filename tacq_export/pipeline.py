@@ -22,6 +22,7 @@ from .format.gguf_file import numpy_shape, open_gguf, raw_bytes, type_named
 from .format.pack_tensor import unpack_tensor
 from .format.tensor_types import FORMAT_VERSION, TYPES_BY_ID, TYPES_BY_NAME, TensorType
 from .format.write_gguf import PlannedTensor, copied, encoded, write_gguf
+from .inputs.check_function import check_function
 from .inputs.check_source import check_source
 from .inputs.link_tensors import LinkedTensor
 from .inputs.load_model import LoadedModel, load_model, pick_device
@@ -86,6 +87,7 @@ def _export(config: ExportConfig, reporter: Reporter) -> ExportResult | None:
     try:
         loaded = load_model(source, work.path, config.device, reporter)
         texts, begins = tokenize_for_loss(config.loss, task, loaded.tokenizer, config.n_samples, config.seq_len)
+        check_function(loaded, texts, source.gguf is not None, config.threads, reporter)
         fixed, head = fixed_types(loaded, config), head_tensor(loaded)
         tuning = plan_tuning(loaded, task, len(texts), config) if config.tune else None
         if task.unused:

@@ -53,8 +53,10 @@ _SIZES = {
 ARCHITECTURES = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**_SIZES, tie_word_embeddings=False)),
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**_SIZES, tie_word_embeddings=True)),
-    # A GGUF has no query_pre_attn_scalar: transformers takes its default, 256, for all sizes.
-    "gemma3": lambda: Gemma3ForCausalLM(Gemma3TextConfig(**_SIZES, head_dim=16, sliding_window=64)),
+    # llama.cpp scales queries by head_dim; transformers' default of query_pre_attn_scalar is 256 for all sizes.
+    "gemma3": lambda: Gemma3ForCausalLM(
+        Gemma3TextConfig(**_SIZES, head_dim=16, query_pre_attn_scalar=16, sliding_window=64)
+    ),
 }
 TEXTS = [[1, 5, 9, 20, 33, 270, 4], [1, 300, 12, 5, 5, 91], [1, 44]]  # of different lengths
 CHAT_TEMPLATE = "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}\n{% endfor %}"

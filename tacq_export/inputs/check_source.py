@@ -12,7 +12,7 @@ from ..reporting import Reporter
 from ..runtime.pinned_gguf import require_pinned_gguf
 from .check_folder import Checkpoint, check_config, check_folder
 from .check_gguf import check_gguf
-from .load_torch import check_gguf_loads
+from .gguf_config import config_from_gguf
 
 _CONFIGS = ["*.json", "*.model", "*.txt", "*.jinja"]
 
@@ -39,7 +39,7 @@ def check_source(name: str, reporter: Reporter, loads: bool = True) -> Source:
         count = int(field_value(reader, "split.count") or 1)
         first = split_parts(path, count)[0] if count > 1 else path
         if loads:
-            check_gguf_loads(first, str(field_value(reader, "general.architecture")))
+            config_from_gguf(reader)  # refuses what torch cannot run
         return Source(gguf=first)
     folder = path if path.is_dir() else fetch_from_hub(name, reporter)
     return Source(checkpoint=check_folder(folder, reporter))

@@ -21,7 +21,8 @@ from ..reporting import Reporter
 from .check_source import Source, check_source
 from .convert import convert_to_f16
 from .link_tensors import LinkedTensor, link_tensors
-from .load_torch import load_from_gguf, load_from_hugging_face
+from .load_gguf import load_gguf_model
+from .load_torch import load_from_hugging_face
 from .make_reference import check_reference_loads, dequantize_to_f16, plain_folder
 from .tokenizer import ModelTokenizer
 
@@ -94,7 +95,8 @@ def _both_sides(source: Source, reference_path: Path, reporter: Reporter) -> Pre
     if source.checkpoint is None:
         assert source.gguf is not None
         dequantize_to_f16(source.gguf, reference_path, reporter)
-        return load_from_gguf(reference_path, reporter)
+        reporter.say("Loading it into torch ...")
+        return load_gguf_model(reference_path)  # the float file, not the given one: the numbers of the reference
     with plain_folder(source.checkpoint, reference_path.parent, reporter) as folder:
         # Torch first: what it refuses is refused before the float copy is written.
         model = load_from_hugging_face(folder, reporter)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 from pathlib import Path
 from typing import Any
 
@@ -21,47 +19,9 @@ from transformers import (
 )
 
 from ..errors import TacqError
-from ..format.gguf_file import field_value, open_gguf
 from ..reporting import Reporter
 from .check_loaded import check_loaded
 from .text_model import text_model
-
-
-def load_from_gguf(reference_path: Path, reporter: Reporter) -> PreTrainedModel:
-    reporter.say("Loading it with transformers ...")
-    try:
-        # The float file, not the given one: torch then has the very numbers of the reference.
-        with contextlib.redirect_stderr(io.StringIO()):  # its progress bars have no switch
-            model = AutoModelForCausalLM.from_pretrained(
-                reference_path.parent, gguf_file=reference_path.name, dtype=torch.float32
-            )
-    except (
-        Exception
-    ) as error:  # whatever it is: the loaders raise RuntimeError, TypeError, AttributeError, KeyError ...
-        architecture = field_value(open_gguf(reference_path), "general.architecture")
-        raise _no_gguf(str(architecture), error) from error
-    return model
-
-
-def check_gguf_loads(path: Path, architecture: str) -> None:
-    """Raises TacqError, before anything is copied, if transformers cannot make a config of the GGUF's header."""
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-    except Exception as error:  # as in load_from_gguf
-        raise _no_gguf(architecture, error) from error
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise TacqError(
-            f"{path} has the architecture '{architecture}', which transformers cannot run as a causal language model; "
-            "give a language model that writes its text token by token."
-        )
-
-
-def _no_gguf(architecture: str, error: Exception) -> TacqError:
-    return TacqError(
-        f"transformers cannot load a GGUF of architecture '{architecture}' ({reason(error)}); "
-        "give the model's Hugging Face folder instead."
-    )
 
 
 def reason(error: BaseException) -> str:
