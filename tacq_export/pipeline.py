@@ -21,12 +21,19 @@ from .format.gguf_file import numpy_shape, open_gguf, raw_bytes, type_named
 from .format.pack_tensor import unpack_tensor
 from .format.tensor_types import FORMAT_VERSION, TYPES_BY_ID, TYPES_BY_NAME, TensorType
 from .format.write_gguf import PlannedTensor, copied, encoded, write_gguf
-from .inputs.link_tensors import LinkedTensor
+from .inputs.link_tensors import Linked, LinkedTensor
 from .inputs.load_model import LoadedModel, load_model
 from .inputs.load_task import load_task, tokenize_for_loss
 from .planning.plan_types import fixed_types, plan_types, predicted_loss
 from .planning.select_weights import TensorSelection
-from .quantization.quantize_model import gptq_error, head_tensor, quantize_embedding, quantize_matrices, rounding_error
+from .quantization.quantize_model import (
+    encode_stock,
+    gptq_error,
+    head_tensor,
+    quantize_embedding,
+    quantize_matrices,
+    rounding_error,
+)
 from .quantization.trial_errors import TRIAL
 from .quantization.tune_vectors import plan_tuning, save_head_inputs, tune_vectors
 from .reporting import Reporter
@@ -96,6 +103,7 @@ def export(config: ExportConfig, reporter: Reporter | None = None) -> ExportResu
     if selection is None:
         error = reference_error(loaded.linear, calibration, config, reporter)
         selection = plan_types(loaded, calibration, texts, head, fixed, config, error, reporter)
+        encode_stock(loaded, fixed, work, reporter)
         work.save_selection(selection)
     if tuning:
         save_head_inputs(loaded, tuning.texts, config, work.calibration, reporter)
@@ -113,7 +121,7 @@ def export(config: ExportConfig, reporter: Reporter | None = None) -> ExportResu
     return result
 
 
-def reference_error(linear: list[LinkedTensor], calibration: Calibration, config: ExportConfig, reporter: Reporter):
+def reference_error(linear: list[Linked], calibration: Calibration, config: ExportConfig, reporter: Reporter):
     """(tensor, bits) -> W - Q(W) of the score, as --reference says; GPTQ's is computed once for each width asked
     for."""
     if config.reference == "rtn" or config.score not in NEEDS_REFERENCE:
@@ -123,6 +131,8 @@ def reference_error(linear: list[LinkedTensor], calibration: Calibration, config
     def error(tensor: LinkedTensor, bits: int) -> torch.Tensor:
         if bits not in by_width:
             by_width[bits] = gptq_error(bits, calibration, {t.name for t in linear}, config, reporter)
+        if tensor.name not in by_width[bits]:  # an expert's, whose Hessian is not kept
+            return rounding_error(tensor, bits)
         return by_width[bits][tensor.name].float()
 
     return error
@@ -179,7 +189,7 @@ def main_type(selection: dict[str, TensorSelection], loaded: LoadedModel) -> Ten
     for tensor in loaded.linear:
         if tensor.name in selection:
             base = selection[tensor.name].type.base
-            weights[base] = weights.get(base, 0) + tensor.weight.numel()
+            weights[base] = weights.get(base, 0) + tensor.n_weights
     return max(weights, key=lambda base: (weights[base], -base.id), default=TYPES_BY_NAME["TACQ2"])
 
 

@@ -18,7 +18,7 @@ from transformers.utils import logging as transformers_logging
 from ..errors import TacqError
 from ..format.gguf_file import field_value, open_gguf
 from ..reporting import Reporter
-from .link_tensors import LinkedTensor, link_tensors
+from .link_tensors import Linked, LinkedTensor, link_tensors
 from .load_torch import load_from_gguf, load_from_hugging_face
 from .make_reference import make_reference
 
@@ -26,20 +26,20 @@ from .make_reference import make_reference
 @dataclass(frozen=True)
 class LoadedModel:
     """model: float32, eval, no gradients. reference: the float GGUF, open. linear: the matrices of the blocks in file
-    order. embedding, head: their own matrices; head is None where it is the embedding (tied)."""
+    order, one for each expert where a tensor has three dimensions. embedding, head: their own matrices; head is None where it is the embedding (tied)."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     reference: gguf.GGUFReader
     reference_path: Path
-    linear: list[LinkedTensor]
+    linear: list[Linked]
     embedding: LinkedTensor
     head: LinkedTensor | None
 
     @property
     def n_linear(self) -> int:
         """Weights of all `linear` matrices together."""
-        return sum(t.weight.numel() for t in self.linear)
+        return sum(t.n_weights for t in self.linear)
 
     @property
     def name(self) -> str:
@@ -76,5 +76,5 @@ def load_model(source: str, workdir: Path, device: str, reporter: Reporter) -> L
     model, tokenizer = load_from_hugging_face(folder, reporter) if folder else load_from_gguf(reference_path, reporter)
     model.eval().requires_grad_(False)
     reference = open_gguf(reference_path)
-    linear, embedding, head = link_tensors(model, reference)
+    linear, embedding, head = link_tensors(model, reference, reporter)
     return LoadedModel(model.to(target), tokenizer, reference, reference_path, linear, embedding, head)
