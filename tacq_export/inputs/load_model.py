@@ -21,6 +21,7 @@ from ..reporting import Reporter
 from .link_tensors import Linked, LinkedTensor, link_tensors
 from .load_torch import load_from_gguf, load_from_hugging_face
 from .make_reference import make_reference
+from .probe_matrices import multiply_one_by_one
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ def load_model(source: str, workdir: Path, device: str, reporter: Reporter) -> L
     folder = make_reference(source, reference_path, reporter)
     model, tokenizer = load_from_hugging_face(folder, reporter) if folder else load_from_gguf(reference_path, reporter)
     model.eval().requires_grad_(False)
+    multiply_one_by_one(model)
     reference = open_gguf(reference_path)
     linear, embedding, head = link_tensors(model, reference, reporter)
     return LoadedModel(model.to(target), tokenizer, reference, reference_path, linear, embedding, head)

@@ -12,6 +12,15 @@ from .matrix_calls import MatrixCalls
 PROBE_TOKENS = 16
 
 
+def multiply_one_by_one(model: PreTrainedModel) -> None:
+    """Let every experts module of transformers run the loop over experts that it is written as, where each product can
+    be seen, and none of the functions that replace it."""
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if getattr(config, "_experts_implementation", None) is not None:
+            config._experts_implementation = "eager"
+
+
 @torch.no_grad()
 def not_multiplied(model: PreTrainedModel, tensors: list[Linked]) -> dict[str, str]:
     """{name: why} of those that a pass over a few tokens does not call as y = x M^T (+ bias), once.
