@@ -24,13 +24,20 @@ from .format.tensor_types import FORMAT_VERSION, TYPES_BY_ID, TYPES_BY_NAME, Ten
 from .format.write_gguf import PlannedTensor, copied, encoded, write_gguf
 from .inputs.check_function import check_function
 from .inputs.check_source import check_source
-from .inputs.link_tensors import LinkedTensor
+from .inputs.link_tensors import Linked, LinkedTensor
 from .inputs.load_model import LoadedModel, load_model, pick_device
 from .inputs.load_task import load_task
 from .inputs.tokenize_task import tokenize_for_loss, tokens_sha256
 from .planning.plan_types import fixed_types, plan_types, predicted_loss
 from .planning.select_weights import TensorSelection
-from .quantization.quantize_model import gptq_error, head_tensor, quantize_embedding, quantize_matrices, rounding_error
+from .quantization.quantize_model import (
+    encode_stock,
+    gptq_error,
+    head_tensor,
+    quantize_embedding,
+    quantize_matrices,
+    rounding_error,
+)
 from .quantization.trial_errors import TRIAL
 from .quantization.tune_vectors import plan_tuning, save_head_inputs, tune_vectors
 from .reporting import Reporter
@@ -118,6 +125,7 @@ def _export(config: ExportConfig, reporter: Reporter) -> ExportResult | None:
     if selection is None:
         error = reference_error(loaded.linear, calibration, config, reporter)
         selection = plan_types(loaded, calibration, texts, head, fixed, config, error, reporter)
+        encode_stock(loaded, fixed, work, reporter)
         work.save_selection(selection)
     if tuning:
         save_head_inputs(loaded, tuning.texts, config, work.calibration, reporter)
@@ -135,7 +143,7 @@ def _export(config: ExportConfig, reporter: Reporter) -> ExportResult | None:
     return result
 
 
-def reference_error(linear: list[LinkedTensor], calibration: Calibration, config: ExportConfig, reporter: Reporter):
+def reference_error(linear: list[Linked], calibration: Calibration, config: ExportConfig, reporter: Reporter):
     """(tensor, bits) -> W - Q(W) of the score, as --reference says; GPTQ's is computed once for each width asked
     for."""
     if config.reference == "rtn" or config.score not in NEEDS_REFERENCE:
@@ -145,6 +153,8 @@ def reference_error(linear: list[LinkedTensor], calibration: Calibration, config
     def error(tensor: LinkedTensor, bits: int) -> torch.Tensor:
         if bits not in by_width:
             by_width[bits] = gptq_error(bits, calibration, {t.name for t in linear}, config, reporter)
+        if tensor.name not in by_width[bits]:  # an expert's, whose Hessian is not kept
+            return rounding_error(tensor, bits)
         return by_width[bits][tensor.name].float()
 
     return error
@@ -201,7 +211,7 @@ def main_type(selection: dict[str, TensorSelection], loaded: LoadedModel) -> Ten
     for tensor in loaded.linear:
         if tensor.name in selection:
             base = selection[tensor.name].type.base
-            weights[base] = weights.get(base, 0) + tensor.weight.numel()
+            weights[base] = weights.get(base, 0) + tensor.n_weights
     return max(weights, key=lambda base: (weights[base], -base.id), default=TYPES_BY_NAME["TACQ2"])
 
 

@@ -90,13 +90,13 @@ def test_an_export_interrupted_in_quantization_resumes_to_the_same_bytes(
     config, uninterrupted, tmp_path, monkeypatch, at, error
 ):
     with monkeypatch.context() as patch:
-        raise_at(patch, tacq_export.quantization.quantize_model, "quantize_gptq", at, error)
+        raise_at(patch, tacq_export.quantization.quantize_rows, "quantize_gptq", at, error)
         with pytest.raises(type(error)):
             export(config())
     assert names(tmp_path) == {"out.gguf.work"}
     assert len(list((tmp_path / "out.gguf.work" / "tensors").glob("*.json"))) == at - 1
     assert not list(tmp_path.rglob("*.partial")) and not list(tmp_path.rglob(".*"))
-    calls = raise_at(monkeypatch, tacq_export.quantization.quantize_model, "quantize_gptq", 0, error)
+    calls = raise_at(monkeypatch, tacq_export.quantization.quantize_rows, "quantize_gptq", 0, error)
     scored = raise_at(monkeypatch, tacq_export.calibration.calibrate, "accumulate_gradients", 0, error)
     export(config(resume=True))
     assert len(calls) == N_MATRICES - (at - 1), "finished tensors are quantized again, or some are left out"
@@ -138,7 +138,7 @@ def test_an_export_interrupted_while_it_calibrates_resumes_to_the_same_bytes(
 def test_an_allocated_export_resumes_to_the_same_bytes(config, tmp_path, monkeypatch):
     export(config("whole.gguf", ratio=None, target_bpw=3.0))
     with monkeypatch.context() as patch:
-        raise_at(patch, tacq_export.quantization.quantize_model, "quantize_gptq", 5, KeyboardInterrupt())
+        raise_at(patch, tacq_export.quantization.quantize_rows, "quantize_gptq", 5, KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt):
             export(config(ratio=None, target_bpw=3.0))
     planned = raise_at(monkeypatch, tacq_export.pipeline, "plan_types", 0, KeyboardInterrupt())
@@ -255,7 +255,7 @@ def test_an_export_that_fails_while_it_writes_leaves_no_output_and_resumes(
         with pytest.raises(TacqError, match=r"Could not write .*out.gguf \(No space left on device\)"):
             export(config())
     assert names(tmp_path) == {"out.gguf.work"}
-    calls = raise_at(monkeypatch, tacq_export.quantization.quantize_model, "quantize_gptq", 0, KeyboardInterrupt())
+    calls = raise_at(monkeypatch, tacq_export.quantization.quantize_rows, "quantize_gptq", 0, KeyboardInterrupt())
     export(config(resume=True))
     assert not calls and (tmp_path / "out.gguf").read_bytes() == uninterrupted
 
@@ -263,7 +263,7 @@ def test_an_export_that_fails_while_it_writes_leaves_no_output_and_resumes(
 def test_a_tensor_whose_facts_are_missing_is_made_again(config, uninterrupted, tmp_path, monkeypatch):
     """The bytes come first, the facts last: power may fail in between, or in the middle of the bytes."""
     with monkeypatch.context() as patch:
-        raise_at(patch, tacq_export.quantization.quantize_model, "quantize_gptq", 4, KeyboardInterrupt())
+        raise_at(patch, tacq_export.quantization.quantize_rows, "quantize_gptq", 4, KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt):
             export(config())
     tensors = tmp_path / "out.gguf.work" / "tensors"
@@ -278,7 +278,7 @@ def test_a_tensor_whose_facts_are_missing_is_made_again(config, uninterrupted, t
 def unfinished(config, tmp_path, monkeypatch):
     """A work folder with three finished tensors."""
     with monkeypatch.context() as patch:
-        raise_at(patch, tacq_export.quantization.quantize_model, "quantize_gptq", 4, KeyboardInterrupt())
+        raise_at(patch, tacq_export.quantization.quantize_rows, "quantize_gptq", 4, KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt):
             export(config())
     return tmp_path / "out.gguf.work"
@@ -403,7 +403,7 @@ def test_force_replaces_an_output_only_at_the_end(config, uninterrupted, tmp_pat
     with pytest.raises(TacqError, match="exists; give another --outfile, or --force"):
         export(config())
     with monkeypatch.context() as patch:
-        raise_at(patch, tacq_export.quantization.quantize_model, "quantize_gptq", 2, KeyboardInterrupt())
+        raise_at(patch, tacq_export.quantization.quantize_rows, "quantize_gptq", 2, KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt):
             export(config(force=True))
     assert (tmp_path / "out.gguf").read_text() == "earlier"

@@ -25,6 +25,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from tacq_export.inputs.link_tensors import LinkedExperts, LinkedTensor
 from tacq_export.inputs.load_model import LoadedModel
 from tacq_export.reporting import Reporter
 
@@ -122,7 +123,12 @@ def own_copy(load_tiny, architecture: str) -> LoadedModel:
     loaded = load_tiny(architecture)
     model = copy.deepcopy(loaded.model)
     names = dict(model.named_modules())
-    own = lambda t: None if t is None else replace(t, module=names[t.module_name])  # noqa: E731
+
+    def own(tensor):
+        if isinstance(tensor, LinkedExperts):
+            return replace(tensor, matrices=tuple(own(m) for m in tensor.matrices))
+        return None if tensor is None else replace(tensor, module=names[tensor.module_name])
+
     return replace(
         loaded,
         model=model,
@@ -130,6 +136,11 @@ def own_copy(load_tiny, architecture: str) -> LoadedModel:
         embedding=own(loaded.embedding),
         head=own(loaded.head),
     )
+
+
+def linked_modules(modules: dict[str, torch.nn.Module]) -> list[LinkedTensor]:
+    """{name: module} as matrices, all rows in torch's order."""
+    return [LinkedTensor(name, name, module, None) for name, module in modules.items()]
 
 
 class Listener(Reporter):

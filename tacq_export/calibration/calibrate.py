@@ -15,50 +15,56 @@ and equal weights (tools/LOG.md).
     hessians/N.safetensors     H of the N-th group of matrices with the same input, and diag(H^-1) with 1 % damping
     hessians/N.json            predicted loss of each of them at each width (predict_loss.py)
     hessians/N.kept-S-SEED.json  what keeping weights by the score S takes off it, once an allocation has asked
+    hessians/experts-N.*         the same of the N-th group of experts' tensors (expert_statistics.py)
     fresh_head_inputs.safetensors  for --tune: what enters the head (tune_vectors.py)
 """
 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import PreTrainedModel
 
 from ..config import ExportConfig
-from ..errors import TacqError
 from ..files import written_atomically
-from ..inputs.link_tensors import LinkedTensor
+from ..inputs.link_tensors import Linked, LinkedExperts, LinkedTensor, dense, matrices_of, of_experts
 from ..inputs.load_model import LoadedModel
 from ..reporting import Reporter
+from . import expert_statistics
 from .collect_inputs import collect_inputs, group_by_input, second_moment
-from .hessian import damped_hessian, inverse_diagonal
-from .next_token_loss import backward_loss
-from .predict_loss import SAMPLE_DAMPING, TrialErrors, kept_shares, predict_losses
+from .gradients import EMBEDDING_OUTPUT, accumulate_gradients
+from .hessian import damped_hessian, inverse_diagonal, token_weights
+from .predict_loss import SAMPLE_DAMPING, Losses, TrialErrors, kept_shares, predict_losses
 from .score_weights import NEEDS_STATISTIC, gradient_power
 from .walk_blocks import BlockWalk, blocks_of
+
+__all__ = ["EMBEDDING_OUTPUT", "Calibration", "calibrate"]
 
 # Goes up when what the files below hold is computed otherwise: a work folder of an older number calibrates again.
 CALIBRATION_VERSION = 2
 OUTPUTS = "outputs.safetensors"
-EMBEDDING_OUTPUT = "embedding"  # under this name the statistics of what the embedding puts out
 
 
 @dataclass(frozen=True)
 class Calibration:
     """Statistics of one model and task. groups: matrices that share an input, in the order in which the model runs
-    them."""
+    them; expert_groups: the same of tensors that hold a matrix for each expert."""
 
     folder: Path
     groups: list[list[LinkedTensor]]
     n_tokens: int
     trial: TrialErrors
+    expert_groups: list[list[LinkedExperts]] = field(default_factory=list)
+
+    @property
+    def all_groups(self) -> list[Sequence[Linked]]:
+        """`groups`, and behind them `expert_groups`."""
+        return [*self.groups, *self.expert_groups]
 
     def gradient(self, name: str, power: int) -> torch.Tensor:
         """float32 [rows, columns]: the gradient sum of a matrix."""
@@ -86,6 +92,9 @@ class Calibration:
     def curvature(self, name: str) -> torch.Tensor:
         """float32 [rows, columns]: a_r / [H^-1]_jj, twice the loss per squared change of one weight whose row makes up
         for it."""
+        for k, group in enumerate(self.expert_groups):
+            if any(m.name == name for t in group for m in t.matrices):
+                return expert_statistics.curvature(self, k, name)
         inverse = _read(self.folder / "hessians" / f"{self.group_of(name)}.safetensors", "inverse_diagonal")
         return self.row_energy(name)[:, None] / inverse
 
@@ -98,6 +107,9 @@ class Calibration:
         return next(k for k, group in enumerate(self.groups) if any(t.name == name for t in group))
 
     def _kept_file(self, group: int, score: str, seed: int) -> Path:
+        """group: a number in `all_groups`, here and below."""
+        if group >= len(self.groups):
+            return expert_statistics.kept_file(self, group - len(self.groups), score, seed)
         return self.folder / "hessians" / f"{group}.kept-{score}-{seed}.json"
 
     def has_kept_shares(self, group: int, score: str, seed: int) -> bool:
@@ -105,10 +117,14 @@ class Calibration:
 
     def kept_shares(self, group: int, score: str, seed: int) -> dict[str, dict[int, list[float]]]:
         """{name: `kept_shares`} of the matrices of a group; made when they are first asked for, then on disk."""
+        if group >= len(self.groups):
+            return expert_statistics.kept_shares_of(self, group - len(self.groups), score, seed)
         path = self._kept_file(group, score, seed)
         if not path.is_file():
             hessian, statistic, shares = damped_hessian(self.hessian(group), SAMPLE_DAMPING), self.statistic(score), {}
             for t in self.groups[group]:
+                if t.stock:
+                    continue
                 of = statistic(t.name) if score in NEEDS_STATISTIC else None
                 shares[t.name] = kept_shares(self.trial, t, hessian, self.row_energy(t.name), score, of, seed)
             with written_atomically(path) as partial:
@@ -121,12 +137,14 @@ class Calibration:
     def losses_file(self, group: int) -> Path:
         return self.folder / "hessians" / f"{group}.json"
 
-    def losses(self) -> dict[str, dict[int, float]]:
-        """{name: {bits: predicted loss in nats a token}} of all matrices, nothing kept."""
-        found = {}
+    def losses(self) -> dict[str, Losses]:
+        """{name: {bits, or stock type: predicted loss in nats a token}} of all tensors, nothing kept."""
+        found: dict[str, Losses] = {}
         for k in range(len(self.groups)):
             for name, loss in json.loads(self.losses_file(k).read_text()).items():
-                found[name] = {int(bits): value for bits, value in loss.items()}
+                found[name] = {int(kind) if kind.isdigit() else kind: value for kind, value in loss.items()}
+        for k in range(len(self.expert_groups)):
+            found |= expert_statistics.losses(self, k)
         return found
 
 
@@ -155,13 +173,17 @@ def calibrate(
     """
     bf16 = config.precision == "bf16"
     (folder / "hessians").mkdir(parents=True, exist_ok=True)
-    groups = group_by_input(loaded.model, [*loaded.linear, head], texts[0])
-    calibration = Calibration(folder, groups, sum(map(len, texts)), trial)
+    groups, experts = group_by_input(loaded.model, [*loaded.linear, head], texts[0])
+    calibration = Calibration(folder, groups, sum(map(len, texts)), trial, experts)
     measure_gradients(loaded, head, calibration, texts, begins, config, reporter)
-    if missing := [k for k in range(len(groups)) if not calibration.losses_file(k).is_file()]:
-        reporter.progress(0, len(missing), "Hessians")
-        for done, _ in enumerate(measure_groups(loaded, calibration, missing, texts, config.hessian, bf16), 1):
-            reporter.progress(done, len(missing), "Hessians")
+    missing = [k for k in range(len(groups)) if not calibration.losses_file(k).is_file()]
+    of_experts = [k for k in range(len(experts)) if not expert_statistics.losses_file(calibration, k).is_file()]
+    if total := len(missing) + len(of_experts):
+        reporter.progress(0, total, "Hessians")
+        found = measure_groups(loaded, calibration, missing, of_experts, texts, config.hessian, bf16)
+        for done, _ in enumerate(found, 1):
+            reporter.progress(done, total, "Hessians")
+    expert_statistics.say_unreached(calibration, reporter)
     return calibration
 
 
@@ -176,20 +198,33 @@ def measure_gradients(
 ) -> None:
     """The files of the backward passes that are not there yet; of the gradient sums, those of the score."""
     outputs, power = calibration.folder / OUTPUTS, gradient_power(config.score)
-    of_weights, of_outputs = {}, {}
-    if needs_gradients(config.score, calibration.folder):
-        of_weights = {t.name: t.module for t in loaded.linear}
-    if not outputs.is_file():
-        of_outputs = {t.name: t.module for t in [*loaded.linear, head]} | {EMBEDDING_OUTPUT: loaded.embedding.module}
+    matrices = [m for t in loaded.linear for m in matrices_of(t)]
+    of_weights = matrices if needs_gradients(config.score, calibration.folder) else []
+    of_outputs = [] if outputs.is_file() else [*matrices, head]
     if not of_weights and not of_outputs:
         return
     found = accumulate_gradients(
-        loaded.model, of_weights, of_outputs, texts, power or 1, reporter, config.precision == "bf16", begins
+        loaded.model,
+        of_weights,
+        of_outputs,
+        loaded.embedding.module if of_outputs else None,
+        texts,
+        power or 1,
+        reporter,
+        config.precision == "bf16",
+        begins,
     )
-    for path, names in ((gradients_file(calibration.folder, power), of_weights), (outputs, found.keys() - of_weights)):
-        if names:
-            with written_atomically(path) as partial:
-                save_file({name: found[name].cpu().contiguous() for name in sorted(names)}, partial)
+    names = {t.name for t in of_weights}
+    if names:
+        assert power is not None
+        _save(gradients_file(calibration.folder, power), found, names)
+    if of_outputs:
+        _save(outputs, found, found.keys() - names)
+
+
+def _save(path: Path, found: dict[str, torch.Tensor], names: Iterable[str]) -> None:
+    with written_atomically(path) as partial:
+        save_file({name: found[name].cpu().contiguous() for name in sorted(names)}, partial)
 
 
 def needs_gradients(score: str, folder: Path) -> bool:
@@ -202,27 +237,33 @@ def measure_groups(
     loaded: LoadedModel,
     calibration: Calibration,
     missing: Sequence[int],
+    of_experts: Sequence[int],
     texts: Sequence[Sequence[int]],
     hessian: str,
     bf16: bool,
 ) -> Iterator[int]:
-    """Hessian, inverse diagonal and predicted losses of the `missing` groups, block by block; the head comes last.
-    Yields each when it is on disk."""
+    """Hessian, inverse diagonal and predicted losses of the `missing` groups, and what is kept of those `of_experts`,
+    block by block; the head comes last. Yields each when it is on disk."""
     groups, blocks = calibration.groups, blocks_of(loaded)
     walk = BlockWalk(loaded, [block for block, _ in blocks], texts, bf16)
     left = set(missing)
     for _, tensors in blocks:
         inside = {t.name for t in tensors}
         of_block = [k for k in missing if groups[k][0].name in inside]
-        walk.enter([groups[k][0].module for k in of_block])
+        experts = [k for k in of_experts if calibration.expert_groups[k][0].name in inside]
+        matrices = [m for k in experts for m in calibration.expert_groups[k][0].matrices]
+        walk.enter([groups[k][0] for k in of_block] + matrices)
         for k in of_block:
-            measure_group(calibration, k, walk.inputs(groups[k][0].module), hessian)
+            measure_group(calibration, k, walk.inputs(groups[k][0]), hessian)
+            yield k
+        for k in experts:
+            expert_statistics.measure(calibration, k, walk, hessian)
             yield k
         walk.leave()
         left -= set(of_block)
     others = sorted(left)
     with walk.passed():
-        inputs = collect_inputs(loaded.model, [groups[k][0].module for k in others], texts) if others else []
+        inputs = collect_inputs(loaded.model, [groups[k][0] for k in others], texts) if others else []
     for k, of_group in zip(others, inputs, strict=True):
         measure_group(calibration, k, of_group, hessian)
         yield k
@@ -255,84 +296,6 @@ def measure_group(calibration: Calibration, k: int, inputs: Sequence[torch.Tenso
 def disk_bytes(loaded: LoadedModel, head: LinkedTensor, score: str, folder: Path) -> float:
     """What is still to be written into `folder`, or more: matrices with the same input share a Hessian."""
     have = sum(path.stat().st_size for path in folder.glob("hessians/*.safetensors"))
-    hessians = sum(4.0 * t.shape[1] ** 2 for t in [*loaded.linear, head])
+    hessians = sum(4.0 * t.shape[1] ** 2 for t in [*dense(loaded.linear), head])
+    hessians += sum(4.0 * expert_statistics.SAMPLE_EXPERTS * t.shape[1] ** 2 for t in of_experts(loaded.linear))
     return max(hessians - have, 0.0) + 4.0 * loaded.n_linear * needs_gradients(score, folder)
-
-
-def token_weights(of_each: Sequence[torch.Tensor]) -> torch.Tensor:
-    """float32 [tokens], mean 1: how much each token counts for matrices with the same input, from what it counts for
-    each."""
-    return sum(w / w.mean().clamp_min(1e-30) for w in of_each) / len(of_each)
-
-
-def effective_number(weights: torch.Tensor) -> float:
-    """As how many equal weights those of a weighted sum count: (sum w)^2 / sum w^2 (Kish 1965); all of them where all
-    are 0."""
-    w = weights.double()
-    squares = float(w.square().sum())
-    return float(w.sum()) ** 2 / squares if squares > 0 else float(len(w))
-
-
-def accumulate_gradients(
-    model: PreTrainedModel,
-    of_weights: dict[str, torch.nn.Module],
-    of_outputs: dict[str, torch.nn.Module],
-    texts: Sequence[Sequence[int]],
-    power: int,
-    reporter: Reporter,
-    bf16: bool = False,
-    begins: Sequence[int] | None = None,
-) -> dict[str, torch.Tensor]:
-    """{name: sum over texts of |dL/dW|^power, shaped as the module's weight} of the modules `of_weights` and, of the
-    gradients at the outputs of those `of_outputs` (the embedding's must be among them if there are no weights),
-    {name/tokens: [tokens of all texts], name/rows: [rows]}; float32.
-
-    L is the mean next-token cross-entropy of one text for the weights (the paper's), and the sum for the outputs, where
-    every token of every text counts alike; of tokens from `begins` on, where it is given. Each gradient is freed as
-    soon as it is added, so gradient memory is one matrix. Raises TacqError when a loss is not finite.
-    """
-    found: dict[str, torch.Tensor] = {}
-    tokens: dict[str, list[torch.Tensor]] = {name: [] for name in of_outputs}
-    handles, scale = [], 1.0
-
-    def add_weight(total: torch.Tensor) -> Callable[[torch.nn.Parameter], None]:
-        def hook(parameter: torch.nn.Parameter) -> None:
-            gradient, parameter.grad = parameter.grad, None
-            total.add_(gradient.abs_()) if power == 1 else total.addcmul_(gradient, gradient)
-
-        return hook
-
-    def add_output(name: str) -> Callable:
-        def backward(gradient: torch.Tensor) -> None:
-            squared = (gradient.detach().reshape(-1, gradient.shape[-1]).float() * scale).square_()
-            tokens[name].append(squared.sum(1))
-            rows = squared.sum(0)
-            found[f"{name}/rows"] = found.get(f"{name}/rows", 0) + rows
-
-        def forward(module: torch.nn.Module, args: tuple, output: torch.Tensor) -> None:
-            if not output.requires_grad:
-                output.requires_grad_(True)  # the embedding's: its weights are not asked for
-            output.register_hook(backward)
-
-        return forward
-
-    try:
-        for name, module in of_weights.items():
-            found[name] = torch.zeros_like(module.weight)
-            module.weight.requires_grad_(True)
-            handles.append(module.weight.register_post_accumulate_grad_hook(add_weight(found[name])))
-        for name, module in of_outputs.items():
-            handles.append(module.register_forward_hook(add_output(name)))
-        for i, text in enumerate(reporter.track(texts, "calibrating")):
-            begin = begins[i] if begins else 1
-            scale = len(text) - begin
-            loss = backward_loss(model, torch.tensor(text, device=model.device), begin, bf16)
-            if not math.isfinite(loss):
-                raise TacqError(f"The loss of example {i + 1} is {loss}; the model or that example is damaged.")
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module in of_weights.values():
-            module.weight.requires_grad_(False)
-            module.weight.grad = None
-    return found | {f"{name}/tokens": torch.cat(parts) for name, parts in tokens.items()}

@@ -3,13 +3,13 @@ GPTQ."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from transformers import PreTrainedModel
 
-from ..inputs.link_tensors import LinkedTensor
+from ..inputs.link_tensors import Linked, LinkedExperts, LinkedTensor, matrices_of, of_experts
+from ..inputs.matrix_calls import MatrixCalls, routed
 
 STRIPE = 1024  # rows of a Hessian made at once
 
@@ -18,20 +18,10 @@ class Done(Exception):
     """Raised by a hook: ends a forward pass when all that was wanted has been seen."""
 
 
-@contextmanager
-def hooked(hooks: Iterable[tuple[torch.nn.Module, Callable[[torch.nn.Module, tuple], None]]]) -> Iterator[None]:
-    """Each hook(module, args) runs before its module's forward, for as long as the `with` lasts."""
-    handles = [module.register_forward_pre_hook(hook) for module, hook in hooks]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def input_rows(args: tuple) -> torch.Tensor:
-    """float32 [tokens, columns] of what a layer is called with."""
-    return args[0].reshape(-1, args[0].shape[-1]).float()
+def input_rows(tensor: LinkedTensor, x: torch.Tensor) -> torch.Tensor:
+    """float32 [tokens, columns] of what a matrix multiplies; of an expert's those that reach it."""
+    rows, reach = x.detach().reshape(-1, x.shape[-1]).float(), routed(tensor, x)
+    return rows if reach is None else rows[reach]
 
 
 def weighted_rows(x: torch.Tensor, weights: torch.Tensor | None, first: int) -> torch.Tensor:
@@ -74,45 +64,43 @@ def second_moment(inputs: Sequence[torch.Tensor], weights: torch.Tensor | None) 
 
 @torch.no_grad()
 def collect_inputs(
-    model: PreTrainedModel, modules: Sequence[torch.nn.Module], texts: Sequence[Sequence[int]]
+    model: PreTrainedModel, tensors: Sequence[LinkedTensor], texts: Sequence[Sequence[int]]
 ) -> list[list[torch.Tensor]]:
-    """Of each module the inputs in each text, float32 [tokens, columns]. A pass stops when all modules have been
-    called."""
-    found: list[list[torch.Tensor]] = [[] for _ in modules]
+    """Of each matrix the inputs in each text, float32 [tokens, columns]. A pass stops when all have been called."""
+    found: dict[str, list[torch.Tensor]] = {t.name: [] for t in tensors}
 
-    def hook_of(i: int) -> Callable[[torch.nn.Module, tuple], None]:
-        def hook(module: torch.nn.Module, args: tuple) -> None:
-            found[i].append(input_rows(args))
-            if all(len(of_module) == len(found[i]) for of_module in found):
-                raise Done
+    def entering(tensor: LinkedTensor, x: torch.Tensor) -> None:
+        found[tensor.name].append(input_rows(tensor, x))
+        if len({len(of_tensor) for of_tensor in found.values()}) == 1:
+            raise Done
 
-        return hook
-
-    with hooked((module, hook_of(i)) for i, module in enumerate(modules)):
+    with MatrixCalls(tensors, entering):
         for text in texts:
             try:
                 model(input_ids=torch.tensor([list(text)], device=model.device), use_cache=False)
             except Done:
                 pass
-    return found
+    return [found[t.name] for t in tensors]
 
 
 @torch.no_grad()
 def group_by_input(
-    model: PreTrainedModel, tensors: Sequence[LinkedTensor], text: Sequence[int]
-) -> list[list[LinkedTensor]]:
+    model: PreTrainedModel, tensors: Sequence[Linked], text: Sequence[int]
+) -> tuple[list[list[LinkedTensor]], list[list[LinkedExperts]]]:
     """`tensors` in groups that get the very same input (q, k and v; gate and up), in the order in which the model runs
-    them."""
+    them: those that are one matrix, and those of experts."""
     groups: dict[int, list[LinkedTensor]] = {}
+    experts: dict[int, dict[str, LinkedExperts]] = {}
+    whole = {m.name: t for t in of_experts(tensors) for m in t.matrices}
     inputs = []  # held, so that no id is used twice
 
-    def hook_of(tensor: LinkedTensor) -> Callable[[torch.nn.Module, tuple], None]:
-        def hook(module: torch.nn.Module, args: tuple) -> None:
-            inputs.append(args[0])
-            groups.setdefault(id(args[0]), []).append(tensor)
+    def entering(matrix: LinkedTensor, x: torch.Tensor) -> None:
+        inputs.append(x)
+        if matrix.name not in whole:
+            groups.setdefault(id(x), []).append(matrix)
+        elif not any(whole[matrix.name].name in group for key, group in experts.items() if key != id(x)):
+            experts.setdefault(id(x), {})[whole[matrix.name].name] = whole[matrix.name]
 
-        return hook
-
-    with hooked((tensor.module, hook_of(tensor)) for tensor in tensors):
+    with MatrixCalls([m for t in tensors for m in matrices_of(t)], entering):
         model(input_ids=torch.tensor([list(text[:16])], device=model.device), use_cache=False)
-    return list(groups.values())
+    return list(groups.values()), [list(group.values()) for group in experts.values()]

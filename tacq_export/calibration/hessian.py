@@ -8,6 +8,9 @@ more columns there are for a token.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import reduce
+
 import torch
 
 from ..errors import TacqError
@@ -76,3 +79,17 @@ def _invert_lower(lower: torch.Tensor) -> None:
     _invert_lower(a)
     _invert_lower(c)
     b.copy_((c @ (b @ a)).neg_())
+
+
+def token_weights(of_each: Sequence[torch.Tensor]) -> torch.Tensor:
+    """float32 [tokens], mean 1: how much each token counts for matrices with the same input, from what it counts for
+    each."""
+    return reduce(torch.add, [w / w.mean().clamp_min(1e-30) for w in of_each]) / len(of_each)
+
+
+def effective_number(weights: torch.Tensor) -> float:
+    """As how many equal weights those of a weighted sum count: (sum w)^2 / sum w^2 (Kish 1965); all of them where all
+    are 0."""
+    w = weights.double()
+    squares = float(w.square().sum())
+    return float(w.sum()) ** 2 / squares if squares > 0 else float(len(w))

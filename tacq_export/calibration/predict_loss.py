@@ -13,28 +13,32 @@ tools/LOG.md has how well the prediction ranks real files.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from ..format.gguf_file import type_bytes
 from ..format.sparse_section import MOST_COLUMNS, capacity
 from ..format.tensor_types import SPARSE_DENSITIES, TYPES_BY_NAME, TensorType
-from ..inputs.link_tensors import LinkedTensor
+from ..inputs.held_types import stock_rounded
+from ..inputs.link_tensors import Linked, LinkedTensor
 from .score_weights import saliency
 
 SAMPLE_ROWS = 96
 SAMPLE_DAMPING = 0.01
 BITS = (2, 3, 4)
 SHARES_AT = (1, 4, 16)
+Losses = dict[int | str, float]  # by bits, or by the name of a stock type
 
 
 @dataclass(frozen=True)
 class Option:
-    """One type for a tensor: its size and the loss it is predicted to cost (nats a token)."""
+    """One type for a tensor: its size and the loss it is predicted to cost (nats a token). type: ours, or the name of
+    a stock type, in lower case."""
 
-    type: TensorType
+    type: TensorType | str
     n_bytes: int
     loss: float
 
@@ -92,18 +96,29 @@ def predict_losses(
     inputs: Sequence[torch.Tensor],
     token_energy: torch.Tensor,
     row_energy: torch.Tensor,
-) -> dict[int, float]:
-    """{bits: nats a token} of a matrix with nothing kept.
+    n_tokens: int | None = None,
+    stock: tuple[str, ...] | None = None,
+) -> Losses:
+    """{bits, or a stock type where ours do not hold the matrix: nats a token} of a matrix with nothing kept.
 
     damped: what it will be quantized with, damping added, float32 [columns, columns]; inputs: x_t, of each text float32
-    [tokens, columns]; token_energy: float32 [tokens of all texts], |g_t|^2; row_energy: float32 [rows], T a_r.
+    [tokens, columns]; token_energy: float32 [tokens of all texts], |g_t|^2; row_energy: float32 [rows], T a_r;
+    n_tokens: of all texts, where only some of them reach the matrix (an expert's): the sums are over those, and the
+    mean over all; stock: in place of the tensor's own (those of all experts together).
     """
     rows, energy = sample_rows(row_energy)
-    weight, n_tokens, loss = tensor.weight.cpu()[rows], len(token_energy), {}
+    weight, n_own = tensor.weight.cpu()[rows], len(token_energy)
     weights = token_energy / token_energy.mean().clamp_min(1e-30)
-    for bits in BITS:
-        of_rows = _output_losses(trial.quantized(bits, weight, damped, None), inputs, weights)
-        loss[bits] = 0.5 * float((energy * of_rows).sum()) / n_tokens**2
+    scale = n_own * (n_own if n_tokens is None else n_tokens)
+    errors: Iterator[tuple[int | str, torch.Tensor]] = (
+        ((kind, weight - stock_rounded(weight, kind)) for kind in stock)
+        if (stock := tensor.stock if stock is None else stock)
+        else ((bits, trial.quantized(bits, weight, damped, None)) for bits in BITS)
+    )
+    loss: Losses = {}
+    for kind, error in errors:
+        of_rows = _output_losses(error, inputs, weights)
+        loss[kind] = 0.5 * float((energy * of_rows).sum()) / scale
     return loss
 
 
@@ -161,9 +176,11 @@ def _between(measured: dict[float, float], density: float) -> float:
     return float(np.exp(np.interp(np.log(density), *np.log(np.array(known)).T)))
 
 
-def options_for(tensor: LinkedTensor, loss: dict[int, float], shares: dict[int, list[float]]) -> list[Option]:
+def options_for(tensor: Linked, loss: Losses, shares: dict[int, list[float]]) -> list[Option]:
     """Every type for a tensor, with its size and predicted loss; mixed types only where there are `shares`."""
-    n = tensor.shape[0] * tensor.shape[1]
+    n = tensor.n_weights
+    if tensor.stock:
+        return [Option(kind, type_bytes(tensor.shape, kind), loss[kind]) for kind in tensor.stock]
     options = []
     for bits in BITS:
         base = TYPES_BY_NAME[f"TACQ{bits}"]
@@ -176,15 +193,19 @@ def options_for(tensor: LinkedTensor, loss: dict[int, float], shares: dict[int, 
 
 
 def embedding_loss(
-    trial: TrialErrors, embedding: LinkedTensor, row_energy: torch.Tensor, texts: Sequence[Sequence[int]], bits: int
+    trial: TrialErrors,
+    embedding: LinkedTensor,
+    row_energy: torch.Tensor,
+    texts: Sequence[Sequence[int]],
+    kind: int | str,
 ) -> float:
-    """Predicted loss of an embedding by plain rounding: 1/(2 T) sum_t sum_j a_j dW_tj^2 over the tokens of the texts.
+    """Predicted loss of an embedding by plain rounding to a width of ours or a stock type: 1/(2 T) sum_t sum_j a_j dW_tj^2 over the tokens of the texts.
 
     row_energy: float32 [columns], T a_j of what the embedding puts out, which some architectures (Gemma) scale.
     """
     tokens, counts = torch.tensor([token for text in texts for token in text]).unique(return_counts=True)
     weight = embedding.weight.cpu()[tokens]
-    error = trial.rounded(bits, weight)
+    error = trial.rounded(kind, weight) if isinstance(kind, int) else weight - stock_rounded(weight, kind)
     with torch.no_grad():
         put_out = embedding.module(tokens.to(embedding.weight.device)).float().cpu()
     error = error * float(put_out.norm() / weight.norm().clamp_min(1e-30))

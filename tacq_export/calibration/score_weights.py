@@ -25,7 +25,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from ..errors import TacqError
-from ..inputs.link_tensors import LinkedTensor
+from ..inputs.link_tensors import Linked, LinkedExperts, LinkedTensor
 from ..reporting import Reporter
 
 NEEDS_GRADIENT = {"tacq", "tacq-no-magnitude", "tacq-no-error", "gradient", "fisher"}
@@ -72,16 +72,18 @@ def saliency(
 
 def score_tensor(
     score: str,
-    tensor: LinkedTensor,
+    tensor: Linked,
     statistic: Callable[[str], torch.Tensor],
     reference_error: Callable[[LinkedTensor], torch.Tensor],
     seed: int,
 ) -> torch.Tensor:
-    """Saliency of one matrix, float32 [rows, columns], torch's row order.
+    """Saliency of one matrix, float32 [rows, columns], torch's row order; of experts one under another.
 
     statistic(name) gives G, F or a_r / [H^-1]_jj, as the score needs; reference_error(tensor) gives W - Q(W). Raises
     TacqError when a saliency is not finite.
     """
+    if isinstance(tensor, LinkedExperts):
+        return torch.cat([score_tensor(score, m, statistic, reference_error, seed) for m in tensor.matrices])
     error = reference_error(tensor) if score in NEEDS_REFERENCE else None
     found = saliency(
         score, tensor.name, tensor.weight, statistic(tensor.name) if score in NEEDS_STATISTIC else None, error, seed
@@ -96,7 +98,7 @@ def score_tensor(
 
 def score_weights(
     score: str,
-    linear: Sequence[LinkedTensor],
+    linear: Sequence[Linked],
     statistic: Callable[[str], torch.Tensor],
     reference_error: Callable[[LinkedTensor], torch.Tensor],
     seed: int,

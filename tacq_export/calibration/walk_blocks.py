@@ -7,14 +7,15 @@ from contextlib import contextmanager
 
 import torch
 
-from ..inputs.link_tensors import LinkedTensor
+from ..inputs.link_tensors import Linked, LinkedTensor
 from ..inputs.load_model import LoadedModel
-from .collect_inputs import Done, hooked, input_rows
+from ..inputs.matrix_calls import MatrixCalls
+from .collect_inputs import Done, input_rows
 
 Arguments = tuple[tuple, dict]  # of a block, without the hidden states
 
 
-def block_name(tensor: LinkedTensor) -> str | None:
+def block_name(tensor: Linked) -> str | None:
     """The block that a matrix is in, which is what the first number in its module's name says: model.layers.7; None for
     one outside blocks."""
     parts = tensor.module_name.split(".")
@@ -22,14 +23,16 @@ def block_name(tensor: LinkedTensor) -> str | None:
     return None if number is None else ".".join(parts[: number + 1])
 
 
-def blocks_of(loaded: LoadedModel) -> list[tuple[torch.nn.Module, list[LinkedTensor]]]:
-    """(block, its matrices) in the model's order."""
-    found: dict[str, list[LinkedTensor]] = {}
+def blocks_of(loaded: LoadedModel) -> list[tuple[torch.nn.Module, list[Linked]]]:
+    """(block, its matrices) in the model's order; blocks whose matrices are all copied have none."""
+    found: dict[str, list[Linked]] = {}
     for tensor in loaded.linear:
         if (name := block_name(tensor)) is not None:
             found.setdefault(name, []).append(tensor)
-    names = sorted(found, key=lambda name: int(name.rsplit(".", 1)[1]))
-    return [(loaded.model.get_submodule(name), found[name]) for name in names]
+    lists = {name.rsplit(".", 1)[0] for name in found}
+    names = [f"{of_list}.{i}" for of_list in lists for i in range(len(loaded.model.get_submodule(of_list)))]
+    names.sort(key=lambda name: int(name.rsplit(".", 1)[1]))
+    return [(loaded.model.get_submodule(name), found.get(name, [])) for name in names]
 
 
 class BlockWalk:
@@ -47,7 +50,7 @@ class BlockWalk:
         self._arguments: list[list[Arguments]] = []  # of each text and block
         self._states: list[torch.Tensor] = []  # of each text, those that enter the block
         self._ahead: list[torch.Tensor] = []  # and those that leave it
-        self._inputs: dict[int, list[torch.Tensor]] = {}  # by module: each text's inputs
+        self._inputs: dict[str, list[torch.Tensor]] = {}  # by tensor: each text's inputs
         self._at = 0
         self._wraps = bool(blocks) and _returns_tuple(loaded.model, blocks[0], texts[0])
         for text in texts if blocks else []:
@@ -98,18 +101,27 @@ class BlockWalk:
             out = self._blocks[self._at](states, *args, **kwargs)
         return out[0] if isinstance(out, tuple) else out
 
-    def enter(self, modules: Sequence[torch.nn.Module]) -> None:
-        """Run the next block, before any of its matrices is changed. modules: those whose `inputs` will be asked for,
-        each in it."""
-        self._inputs = {id(module): [] for module in modules}
-        with hooked(
-            (module, lambda module, args: self._inputs[id(module)].append(input_rows(args))) for module in modules
-        ):
-            self._ahead = [self._run(states, i) for i, states in enumerate(self._states)]
+    def enter(self, tensors: Sequence[LinkedTensor]) -> None:
+        """Run the next block, before any of its matrices is changed. tensors: those whose `inputs` will be asked for,
+        each in it; an expert's are empty for a text of which no token reaches it."""
+        self._inputs = {t.name: [] for t in tensors}
+        nothing = {t.name: torch.empty(0, t.shape[1], device=self._model.device) for t in tensors if t.is_expert}
 
-    def inputs(self, module: torch.nn.Module) -> list[torch.Tensor]:
+        def entering(tensor: LinkedTensor, x: torch.Tensor) -> None:
+            self._inputs[tensor.name].append(input_rows(tensor, x))
+
+        ahead = []
+        with MatrixCalls(tensors, entering):
+            for i, states in enumerate(self._states):
+                ahead.append(self._run(states, i))
+                for name, empty in nothing.items():
+                    if len(self._inputs[name]) == i:
+                        self._inputs[name].append(empty)
+        self._ahead = ahead
+
+    def inputs(self, tensor: LinkedTensor) -> list[torch.Tensor]:
         """Of each text, float32 [tokens, columns]."""
-        return self._inputs[id(module)]
+        return self._inputs[tensor.name]
 
     def leave(self) -> None:
         """Go on behind the block."""

@@ -20,30 +20,32 @@ from ..format.gguf_file import field_value, open_gguf
 from ..reporting import Reporter
 from .check_source import Source, check_source
 from .convert import convert_to_f16
-from .link_tensors import LinkedTensor, link_tensors
+from .link_tensors import Linked, LinkedTensor, link_tensors
 from .load_gguf import load_gguf_model
 from .load_torch import load_from_hugging_face
 from .make_reference import check_reference_loads, dequantize_to_f16, plain_folder
+from .probe_matrices import multiply_one_by_one
 from .tokenizer import ModelTokenizer
 
 
 @dataclass(frozen=True)
 class LoadedModel:
     """model: float32, eval, no gradients. reference: the float GGUF, open. linear: the matrices of the blocks in file
-    order. embedding, head: their own matrices; head is None where it is the embedding (tied)."""
+    order, one for each expert where a tensor has three dimensions. embedding, head: their own matrices; head is None
+    where it is the embedding (tied)."""
 
     model: PreTrainedModel
     tokenizer: ModelTokenizer
     reference: gguf.GGUFReader
     reference_path: Path
-    linear: list[LinkedTensor]
+    linear: list[Linked]
     embedding: LinkedTensor
     head: LinkedTensor | None
 
     @property
     def n_linear(self) -> int:
         """Weights of all `linear` matrices together."""
-        return sum(t.weight.numel() for t in self.linear)
+        return sum(t.n_weights for t in self.linear)
 
     @property
     def name(self) -> str:
@@ -82,10 +84,11 @@ def load_model(source: str | Source, workdir: Path, device: str, reporter: Repor
     reference_path = workdir / "reference-f16.gguf"
     model = _both_sides(source, reference_path, reporter)
     model.eval().requires_grad_(False)
+    multiply_one_by_one(model)
     check_reference_loads(reference_path)
     reference = open_gguf(reference_path)
     tokenizer = ModelTokenizer(reference_path, reporter.say, reference)
-    linear, embedding, head = link_tensors(model, reference)
+    linear, embedding, head = link_tensors(model, reference, reporter)
     torch.nn.Module.to(model, target)
     return LoadedModel(model, tokenizer, reference, reference_path, linear, embedding, head)
 

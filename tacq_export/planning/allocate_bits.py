@@ -9,7 +9,7 @@ the best single changes that still fit. The distance to the true optimum is at m
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from ..calibration.predict_loss import Option
 
@@ -31,12 +31,12 @@ def _slope(a: Option, b: Option) -> float:
     return (a.loss - b.loss) / (b.n_bytes - a.n_bytes) if b.n_bytes > a.n_bytes else float("inf")
 
 
-def least_bytes(options: dict[str, Sequence[Option]]) -> int:
+def least_bytes(options: Mapping[str, Sequence[Option]]) -> int:
     """Bytes of the smallest option of every tensor together."""
     return sum(min(o.n_bytes for o in choice) for choice in options.values())
 
 
-def allocate(options: dict[str, Sequence[Option]], budget: int) -> dict[str, Option]:
+def allocate(options: Mapping[str, Sequence[Option]], budget: int) -> dict[str, Option]:
     """{tensor: option} of the least total loss found within `budget` bytes. Deterministic; ties go to the earlier
     tensor.
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 from ..calibration.calibrate import EMBEDDING_OUTPUT, Calibration
-from ..calibration.predict_loss import BITS, embedding_loss, options_for
+from ..calibration.predict_loss import BITS, Losses, embedding_loss, options_for
 from ..calibration.score_weights import score_tensor, score_weights
 from ..config import DEFAULT_EMBEDDING_TYPE, ExportConfig, parse_size
 from ..errors import TacqError
@@ -16,7 +16,8 @@ from ..format.gguf_file import numpy_shape, padded, type_bytes
 from ..format.inspect_gguf import is_linear
 from ..format.sparse_section import MOST_COLUMNS, capacity
 from ..format.tensor_types import TYPES_BY_NAME, TensorType
-from ..inputs.link_tensors import LinkedTensor
+from ..inputs.held_types import why_stock
+from ..inputs.link_tensors import Linked, LinkedTensor
 from ..inputs.load_model import LoadedModel
 from ..reporting import Reporter
 from .allocate_bits import Option, allocate, least_bytes
@@ -32,9 +33,9 @@ def fixed_types(loaded: LoadedModel, config: ExportConfig) -> dict[str, str]:
 
     Raises TacqError for a pattern that no matrix matches, or a mixed type for the embedding or the head.
     """
-    tensors = [*loaded.linear, loaded.embedding] + ([loaded.head] if loaded.head else [])
+    tensors: list[Linked] = [*loaded.linear, loaded.embedding, *([loaded.head] if loaded.head else [])]
     fixed: dict[str, str] = {}
-    for pattern, kind in config.fixed_types():
+    for pattern, asked_type in config.fixed_types():
         matches = [t for t in tensors if pattern.search(t.name)]
         if not matches:
             raise TacqError(
@@ -42,27 +43,42 @@ def fixed_types(loaded: LoadedModel, config: ExportConfig) -> dict[str, str]:
                 f"{loaded.linear[0].name}."
             )
         for tensor in matches:
-            fixed.setdefault(tensor.name, kind)
+            fixed.setdefault(tensor.name, asked_type)
     for tensor in tensors:
         kind = ours(fixed.get(tensor.name))
+        if kind and tensor.stock:
+            raise TacqError(
+                f"--tensor-type: '{tensor.name}' cannot be {kind.name}, as it {why_stock(tensor)}; give it one of: "
+                f"{', '.join(tensor.stock)}."
+            )
         if (
             kind
             and kind.p
-            and (capacity(tensor.shape[0], tensor.weight.numel(), kind.p) < 1 or tensor.shape[1] > MOST_COLUMNS)
+            and (capacity(tensor.shape[0], tensor.n_weights, kind.p) < 1 or tensor.shape[1] > MOST_COLUMNS)
         ):
             raise TacqError(
                 f"--tensor-type: '{tensor.name}' ({tensor.shape[0]} x {tensor.shape[1]}) has no room for kept weights "
                 f"in {kind.name}; give it a base type or a larger S."
             )
-    ends = [(loaded.embedding, config.token_embedding_type), (loaded.head, config.output_tensor_type)]
-    for tensor, asked in ends:
-        if tensor is not None and (asked is not None or config.target_size is None):
-            fixed.setdefault(tensor.name, asked or DEFAULT_EMBEDDING_TYPE)
-        if tensor is not None and "_s" in fixed.get(tensor.name, ""):
+    for end, asked in [(loaded.embedding, config.token_embedding_type), (loaded.head, config.output_tensor_type)]:
+        if end is None:
+            continue
+        if end.stock and asked is not None and ours(asked):
             raise TacqError(
-                f"--tensor-type: '{tensor.name}' cannot be {fixed[tensor.name]}; embedding and head keep no weights, "
+                f"'{end.name}' cannot be {asked.upper()}, as it {why_stock(end)}; give it one of: "
+                f"{', '.join(end.stock)}."
+            )
+        if asked is not None or config.target_size is None:
+            fixed.setdefault(end.name, asked or (end.stock[-1] if end.stock else DEFAULT_EMBEDDING_TYPE))
+        if "_s" in fixed.get(end.name, ""):
+            raise TacqError(
+                f"--tensor-type: '{end.name}' cannot be {fixed[end.name]}; embedding and head keep no weights, "
                 "give it a base type."
             )
+    if not config.allocates or (config.target_bpw is None and config.target_size is None):
+        for tensor in loaded.linear:
+            if tensor.stock:  # the widest: nothing was asked that it has to fit into
+                fixed.setdefault(tensor.name, tensor.stock[-1])
     return fixed
 
 
@@ -83,14 +99,19 @@ def plan_types(
 ) -> dict[str, TensorSelection]:
     """{GGUF name: type and kept weights} of every tensor that becomes one of ours, embedding and head among them.
 
-    reference_error(tensor, bits) gives W - Q(W). Raises TacqError for a target that cannot be met.
+    reference_error(tensor, bits) gives W - Q(W). `fixed` gets the stock types that the allocation has chosen for what
+    ours cannot hold. Raises TacqError for a target that cannot be met.
     """
     linear = [t for t in loaded.linear if t.name not in fixed]
     given = {name: kind for name, asked in fixed.items() if (kind := ours(asked))}
     selection: dict[str, TensorSelection] = {}
 
     if config.allocates:
-        given |= allocate_types(loaded, calibration, texts, head, linear, fixed, config, reporter)
+        for name, chosen in allocate_types(loaded, calibration, texts, head, linear, fixed, config, reporter).items():
+            if isinstance(chosen, str):
+                fixed[name] = chosen
+            else:
+                given[name] = chosen
     elif linear:
         scores = score_weights(
             config.score,
@@ -108,7 +129,7 @@ def plan_types(
     # The types are decided, so each has its own top; one saliency is in memory at a time.
     for tensor in reporter.track(mixed, "scoring"):
         kind = given[tensor.name]
-        room = max(capacity(tensor.shape[0], tensor.weight.numel(), kind.p), 0)
+        room = max(capacity(tensor.shape[0], tensor.n_weights, kind.p), 0)
         score = score_tensor(
             config.score,
             tensor,
@@ -116,7 +137,7 @@ def plan_types(
             lambda t, bits=kind.bits: reference_error(t, bits),
             config.seed,
         )
-        kept = global_top({tensor.name: score}, min(room, tensor.weight.numel()))[tensor.name]
+        kept = global_top({tensor.name: score}, min(room, tensor.n_weights))[tensor.name]
         selection[tensor.name] = TensorSelection(kind, kept, len(kept))
     nothing = torch.empty(0, dtype=torch.int64)
     return selection | {
@@ -149,40 +170,56 @@ def allocate_types(
     calibration: Calibration,
     texts: list[list[int]],
     head: LinkedTensor,
-    linear: list[LinkedTensor],
+    linear: list[Linked],
     fixed: dict[str, str],
     config: ExportConfig,
     reporter: Reporter,
-) -> dict[str, TensorType]:
-    """{GGUF name: our type} of every tensor that is not fixed, of least predicted loss within the target. Raises
-    TacqError if the smallest types exceed it."""
-    losses, options = calibration.losses(), {}
+) -> dict[str, TensorType | str]:
+    """{GGUF name: our type, or a stock one where ours cannot hold it} of every tensor that is not fixed, of least
+    predicted loss within the target. Raises TacqError if the smallest types exceed it."""
+    losses = calibration.losses()
     shares: dict[str, dict[int, list[float]]] = {}
-    groups = sorted({calibration.group_of(t.name) for t in linear})
+    wanted = {t.name for t in linear}
+    groups = [k for k, group in enumerate(calibration.all_groups) if any(t.name in wanted for t in group)]
     for k in [] if config.no_kept else reporter.track(groups, "measuring what kept weights save"):
         shares |= calibration.kept_shares(k, config.score, config.seed)
-    options |= {t.name: options_for(t, losses[t.name], shares.get(t.name, {})) for t in linear}
+    options: dict[str, list[Option]] = {t.name: options_for(t, losses[t.name], shares.get(t.name, {})) for t in linear}
     if config.target_size is None:
-        budget = int(config.bpw_limit * loaded.n_linear / 8)
+        assert config.bpw_limit is not None
         spent = _bytes_of_fixed(loaded, fixed)
+        budget = int(config.bpw_limit * loaded.n_linear / 8)
+        if config.target_bpw is None:  # the default is one for our types
+            stock = [t for t in loaded.linear if t.stock]
+            budget += sum(type_bytes(t.shape, fixed[t.name]) for t in stock)
+            budget -= int(config.bpw_limit * sum(t.n_weights for t in stock) / 8)
         flag = f"--target-bpw {config.bpw_limit:g}"
-        unit = lambda n: f"{8 * n / loaded.n_linear:.3f} bits per weight"  # noqa: E731
+
+        def unit(n: int) -> str:
+            return f"{8 * n / loaded.n_linear:.3f} bits per weight"
+
     else:
         if head.name not in fixed:
             options[head.name] = options_for(head, losses[head.name], {})
         if loaded.embedding.name not in fixed:
             energy = calibration.row_energy(EMBEDDING_OUTPUT)
-            loss = {bits: embedding_loss(calibration.trial, loaded.embedding, energy, texts, bits) for bits in BITS}
+            loss: Losses = {
+                kind: embedding_loss(calibration.trial, loaded.embedding, energy, texts, kind)
+                for kind in loaded.embedding.stock or BITS
+            }
             if loaded.head is None:  # the same matrix makes the logits
-                loss = {bits: loss[bits] + losses[head.name][bits] for bits in BITS}
+                loss = {kind: of_kind + losses[head.name][kind] for kind, of_kind in loss.items()}
             options[loaded.embedding.name] = options_for(loaded.embedding, loss, {})
-        budget = parse_size(config.target_size)
+        budget = parse_size(str(config.target_size))
         spent = _bytes_of_the_rest(loaded, options, fixed)
         align = int(loaded.reference.alignment)
         options = {
             name: [Option(o.type, padded(o.n_bytes, align), o.loss) for o in choice] for name, choice in options.items()
         }
-        flag, unit = f"--target-size {config.target_size}", lambda n: f"{n} bytes"
+        flag = f"--target-size {config.target_size}"
+
+        def unit(n: int) -> str:
+            return f"{n} bytes"
+
     if not options:
         return {}
     least = least_bytes(options) + spent
@@ -200,7 +237,7 @@ def predicted_loss(
     """Nats a token that the types of the blocks' matrices are predicted to cost (predict_loss.py); None where weights
     are kept by a score whose worth no allocation has measured."""
     losses, total = calibration.losses(), 0.0
-    for k, group in enumerate(calibration.groups):
+    for k, group in enumerate(calibration.all_groups):
         chosen = [t for t in group if t.name in selection and is_linear(t.name, t.shape)]
         mixed = any(selection[t.name].type.p for t in chosen)
         if mixed and not calibration.has_kept_shares(k, score, seed):
@@ -215,7 +252,7 @@ def predicted_loss(
 
 
 def _bytes_of_fixed(loaded: LoadedModel, fixed: dict[str, str]) -> int:
-    """Bytes of the blocks' matrices whose type the user decided."""
+    """Bytes of the blocks' matrices whose type is decided already."""
     return sum(type_bytes(t.shape, fixed[t.name]) for t in loaded.linear if t.name in fixed)
 
 
@@ -231,6 +268,6 @@ def _bytes_of_the_rest(loaded: LoadedModel, options: dict[str, list[Option]], fi
 
 def _counts(chosen: dict[str, Option]) -> str:
     """'120 TACQ2_S1, 90 TACQ2', most frequent first."""
-    names = [o.type.name for o in chosen.values()]
+    names = [o.type.upper() if isinstance(o.type, str) else o.type.name for o in chosen.values()]
     counts = sorted(((names.count(name), name) for name in set(names)), key=lambda pair: (-pair[0], pair[1]))
     return ", ".join(f"{count} {name}" for count, name in counts)

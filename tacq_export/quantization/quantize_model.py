@@ -4,41 +4,60 @@ bytes into the work folder."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+import gguf
 import numpy as np
 import torch
 
-from ..calibration.calibrate import Calibration, effective_number
-from ..calibration.hessian import inverse_hessian_cholesky, shrink
+from ..calibration.calibrate import Calibration
+from ..calibration.hessian import effective_number, inverse_hessian_cholesky, shrink
+from ..calibration.walk_blocks import BlockWalk
 from ..config import ExportConfig
 from ..format.pack_tensor import QuantizedTensor, dequantize_tensor, pack_tensor
 from ..format.sparse_section import KeptWeights
 from ..format.tensor_types import TYPES_BY_NAME, TensorType
-from ..inputs.link_tensors import LinkedTensor
+from ..format.write_gguf import encode_as
+from ..inputs.held_types import why_stock
+from ..inputs.link_tensors import Linked, LinkedExperts, LinkedTensor
 from ..inputs.load_model import LoadedModel
 from ..planning.select_weights import TensorSelection
 from ..reporting import Reporter
 from ..workdir import WorkDir
 from .fit_groups import dequantize_groups, round_to_nearest
+from .quantize_experts import quantize_experts, quantize_experts_by_block
 from .quantize_gptq import GptqResult, quantize_gptq
+from .quantize_rows import ROWS_AT_ONCE, quantize_rows
 from .quantize_sequential import quantize_in_order
 
-ROWS_AT_ONCE = 16384
 
-
-def to_gguf_rows(matrix: torch.Tensor, tensor: LinkedTensor) -> torch.Tensor:
+def to_gguf_rows(matrix: torch.Tensor, tensor: Linked) -> torch.Tensor:
     """A matrix in torch's row order, in the order of the GGUF tensor's rows."""
-    return matrix if tensor.rows is None else matrix[tensor.rows.to(matrix.device)]
+    order = gguf_order(tensor)
+    return matrix if order is None else matrix[order.to(matrix.device)]
 
 
-def pack_result(
-    tensor: LinkedTensor, tensor_type: TensorType, result: GptqResult, mask: torch.Tensor | None
-) -> np.ndarray:
+def from_gguf_rows(matrix: torch.Tensor, tensor: Linked) -> torch.Tensor:
+    """The inverse of `to_gguf_rows`."""
+    order = gguf_order(tensor)
+    return matrix if order is None else torch.empty_like(matrix).index_copy_(0, order.to(matrix.device), matrix)
+
+
+def gguf_order(tensor: Linked) -> torch.Tensor | None:
+    """int64 [rows]: GGUF row i is torch row order[i]; None where they are the same."""
+    if isinstance(tensor, LinkedTensor):
+        return tensor.rows
+    if all(m.rows is None for m in tensor.matrices):
+        return None
+    of_each = [torch.arange(m.shape[0]) if m.rows is None else m.rows for m in tensor.matrices]
+    return torch.cat([rows + i * len(rows) for i, rows in enumerate(of_each)])
+
+
+def pack_result(tensor: Linked, tensor_type: TensorType, result: GptqResult, mask: torch.Tensor | None) -> np.ndarray:
     """uint8 bytes of a quantized matrix; mask: bool [rows, columns] of kept weights for a mixed type."""
     kept = None
-    if tensor_type.p:
+    if mask is not None and result.kept_values is not None:
         rows, columns = to_gguf_rows(mask, tensor).nonzero(as_tuple=True)
         row_ptr = np.zeros(tensor.shape[0] + 1, dtype=np.uint32)
         row_ptr[1:] = torch.bincount(rows, minlength=tensor.shape[0]).cumsum(0).cpu().numpy()
@@ -48,32 +67,37 @@ def pack_result(
     return pack_tensor(QuantizedTensor(tensor_type, codes, scale_bytes, kept))
 
 
-def kept_mask(selection: TensorSelection, tensor: LinkedTensor) -> torch.Tensor | None:
+def kept_mask(selection: TensorSelection, tensor: Linked) -> torch.Tensor | None:
     """bool [rows, columns] of the kept weights, None if the tensor keeps none."""
     if selection.type.p == 0:
         return None
-    mask = torch.zeros(tensor.shape[0] * tensor.shape[1], dtype=torch.bool)
+    mask = torch.zeros(tensor.n_weights, dtype=torch.bool)
     mask[selection.kept] = True
-    return mask.reshape(tensor.shape).to(tensor.weight.device)
+    return mask.reshape(tensor.shape)
 
 
-def from_gguf_rows(matrix: torch.Tensor, tensor: LinkedTensor) -> torch.Tensor:
-    """The inverse of `to_gguf_rows`."""
-    return (
-        matrix
-        if tensor.rows is None
-        else torch.empty_like(matrix).index_copy_(0, tensor.rows.to(matrix.device), matrix)
-    )
-
-
-def finished_weights(tensor: LinkedTensor, work: WorkDir) -> torch.Tensor | None:
+def finished_weights(tensor: Linked, work: WorkDir) -> torch.Tensor | None:
     """float32 [rows, columns], torch's row order: what llama.cpp will compute with. None for a matrix that is not in
-    the work folder, such as one of a stock type."""
+    the work folder, such as one that the user gave a stock type."""
     if not work.has_tensor(tensor.name):
         return None
-    kind = TYPES_BY_NAME[work.load_facts(tensor.name)["type"]]
-    weights = dequantize_tensor(kind, work.load_tensor(tensor.name), *tensor.shape, tensor.name)
+    kind, data = work.load_facts(tensor.name)["type"], work.load_tensor(tensor.name)
+    if kind in TYPES_BY_NAME:
+        weights = dequantize_tensor(TYPES_BY_NAME[kind], data, *tensor.shape, tensor.name)
+    else:
+        weights = gguf.quants.dequantize(data, gguf.GGMLQuantizationType[kind]).reshape(tensor.shape)
     return from_gguf_rows(torch.from_numpy(weights), tensor)
+
+
+def encode_stock(loaded: LoadedModel, fixed: dict[str, str], work: WorkDir, reporter: Reporter) -> None:
+    """What our types cannot hold, in the stock types that were chosen for it, into the work folder; a line for each."""
+    for tensor in [*loaded.linear, loaded.embedding, *([loaded.head] if loaded.head else [])]:
+        if tensor.stock and tensor.name in fixed and not work.has_tensor(tensor.name):
+            kind = fixed[tensor.name]
+            weight = to_gguf_rows(tensor.weight, tensor).cpu().numpy()
+            data = encode_as(weight, kind, tensor.name)
+            work.save_tensor(tensor.name, data.reshape(-1).view(np.uint8), {"type": kind.upper()})
+            reporter.say(f"{tensor.name} {why_stock(tensor)}: stays at {kind.upper()}.")
 
 
 def quantize_matrices(
@@ -88,63 +112,52 @@ def quantize_matrices(
     """GPTQ and coordinate descent for every matrix that multiplies and has a type of ours, into the work folder.
 
     The head is one of them, be it the embedding or a matrix of its own: its inputs are far from equal in size, so plain
-    rounding costs much more (measured in tools/LOG.md). Modules of the model may hold quantized weights afterwards.
+    rounding costs much more (measured in tools/LOG.md). The torch model may hold quantized weights afterwards.
     """
 
-    def wanted(tensor: LinkedTensor) -> bool:
+    def wanted(tensor: Linked) -> bool:
         return tensor.name in selection and not work.has_tensor(tensor.name)
+
+    def finish(tensor: Linked, result: GptqResult, mask: torch.Tensor | None, seconds: float) -> None:
+        chosen = selection[tensor.name]
+        data = pack_result(tensor, chosen.type, result, mask)
+        facts = {"type": chosen.type.name, "error": result.error, "kept": len(chosen.kept), "selected": chosen.selected}
+        work.save_tensor(tensor.name, data, facts)
+        reporter.say(tensor_line(tensor, facts, seconds))
 
     def visit(
         tensor: LinkedTensor, hessian: torch.Tensor, upper: torch.Tensor, target: torch.Tensor | None = None
     ) -> None:
         started = time.monotonic()
-        chosen = selection[tensor.name]
-        mask = kept_mask(chosen, tensor)
-        result = quantize_rows(
-            chosen.type.bits, tensor, tensor.weight if target is None else target, hessian, mask, config, upper
-        )
-        data = pack_result(tensor, chosen.type, result, mask)
-        facts = {"type": chosen.type.name, "error": result.error, "kept": len(chosen.kept), "selected": chosen.selected}
-        work.save_tensor(tensor.name, data, facts)
-        reporter.say(tensor_line(tensor, facts, time.monotonic() - started))
+        mask = kept_mask(selection[tensor.name], tensor)
+        weight = tensor.weight if target is None else target
+        result = quantize_rows(selection[tensor.name].type.bits, tensor, weight, hessian, mask, config, upper)
+        finish(tensor, result, mask, time.monotonic() - started)
+
+    def visit_experts(tensors: Sequence[LinkedExperts], walk: BlockWalk) -> None:
+        started = time.monotonic()
+        masks = {t.name: kept_mask(selection[t.name], t) for t in tensors}
+        bits = {t.name: selection[t.name].type.bits for t in tensors}
+        for tensor, result in quantize_experts(tensors, calibration, walk, bits, masks, config, reporter):
+            finish(tensor, result, masks[tensor.name], (time.monotonic() - started) / len(tensors))
 
     if config.hessian_inputs == "quantized" and any(wanted(t) for t in loaded.linear):
         quantize_in_order(
-            loaded, calibration, texts, config, wanted, visit, lambda t: finished_weights(t, work), reporter
+            loaded,
+            calibration,
+            texts,
+            config,
+            wanted,
+            visit,
+            visit_experts,
+            lambda t: finished_weights(t, work),
+            reporter,
         )
     for_each_hessian(calibration, wanted, config, visit, reporter)  # the head, or all
+    quantize_experts_by_block(loaded, calibration, texts, wanted, visit_experts, config, reporter)
 
 
-def quantize_rows(
-    bits: int,
-    tensor: LinkedTensor,
-    weight: torch.Tensor,
-    hessian: torch.Tensor,
-    mask: torch.Tensor | None,
-    config: ExportConfig,
-    upper: torch.Tensor,
-) -> GptqResult:
-    """`quantize_gptq` of `weight` for a tensor, some rows at a time: rows do not depend on each other, and a head has
-    very many."""
-    slices = [slice(start, start + ROWS_AT_ONCE) for start in range(0, tensor.shape[0], ROWS_AT_ONCE)]
-    parts = []
-    for rows in slices:
-        kept = None if mask is None else mask[rows]
-        parts.append(
-            quantize_gptq(bits, weight[rows], hessian, kept, config.damping, tensor.name, upper, config.refine_sweeps)
-        )
-    if len(parts) == 1:
-        return parts[0]
-    energy = [float(((weight[rows].cpu() @ hessian) * weight[rows].cpu()).sum(dtype=torch.float64)) for rows in slices]
-    return GptqResult(
-        codes=torch.cat([p.codes for p in parts]),
-        scale_bytes=torch.cat([p.scale_bytes for p in parts]),
-        kept_values=None if mask is None else torch.cat([p.kept_values for p in parts]),
-        error=sum(p.error * e for p, e in zip(parts, energy, strict=True)) / max(sum(energy), 1e-30),
-    )
-
-
-def tensor_line(tensor: LinkedTensor, facts: dict, seconds: float) -> str:
+def tensor_line(tensor: Linked, facts: dict, seconds: float) -> str:
     """One line a tensor, as llama-quantize has it."""
     rows, columns = tensor.shape
     kept = f"kept {facts['kept']:>7} ({100 * facts['kept'] / (rows * columns):.2f} %)" if facts["kept"] else ""

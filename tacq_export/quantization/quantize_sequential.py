@@ -9,6 +9,9 @@ so GPTQ gets H and, in place of W, the target V, in which each matrix makes up f
 (GPTAQ, arXiv 2504.02692). V is fitted to few tokens, and W is no bad guess: the target goes only a part of the way to
 it, the `compensation`, and H is shrunk first (quantize_gptq.py). The official TaCQ, as GPTQ's code, has H of the
 quantized model's inputs too, but W as the target. tools/LOG.md has what each is worth.
+
+Experts get their inputs and routes in the float model, and no compensation: once matrices are quantized a token may go
+to another expert, for which it has neither a float input nor a gradient. Matrices behind them see what they do wrong.
 """
 
 from __future__ import annotations
@@ -18,14 +21,14 @@ from dataclasses import dataclass
 
 import torch
 
-from ..calibration.calibrate import Calibration, effective_number
-from ..calibration.collect_inputs import Done, add_products, add_to_lower, hooked, input_rows, mirror, weighted_rows
-from ..calibration.hessian import inverse_hessian_cholesky, shrink
-from ..calibration.walk_blocks import BlockWalk, block_name, blocks_of
+from ..calibration.calibrate import Calibration
+from ..calibration.collect_inputs import Done, add_products, add_to_lower, input_rows, mirror, weighted_rows
+from ..calibration.hessian import effective_number, inverse_hessian_cholesky, shrink
+from ..calibration.walk_blocks import BlockWalk, blocks_of
 from ..config import ExportConfig
-from ..errors import TacqError
-from ..inputs.link_tensors import LinkedTensor
+from ..inputs.link_tensors import Linked, LinkedExperts, LinkedTensor, matrices_of
 from ..inputs.load_model import LoadedModel
+from ..inputs.matrix_calls import MatrixCalls
 from ..reporting import Reporter
 
 
@@ -56,17 +59,17 @@ class QuantizedWalk(BlockWalk):
         self._quantized = list(self._states)  # hidden states of each text, where the blocks before are quantized
 
     def see(self, tensors: Sequence[LinkedTensor], weights: torch.Tensor | None) -> Seen:
-        """What matrices with the same input see; the first one's module was named to `enter`. weights: float32 [tokens
+        """What matrices with the same input see; the first one was named to `enter`. weights: float32 [tokens
         of all texts], or None for 1."""
-        module, stacked = tensors[0].module, torch.cat([t.weight for t in tensors])
+        stacked = torch.cat([t.weight for t in tensors])
         rows, columns = stacked.shape
         few = 2 * rows <= columns  # then W (x - z), token by token, is less work than C
         hessian = torch.zeros(columns, columns, device=stacked.device)
         cross = torch.zeros(rows if few else columns, columns, device=stacked.device)
         first = 0
 
-        def hook(module: torch.nn.Module, args: tuple) -> None:
-            z, x = input_rows(args), self.inputs(module)[text]
+        def entering(tensor: LinkedTensor, given: torch.Tensor) -> None:
+            z, x = input_rows(tensor, given), self.inputs(tensor)[text]
             weighted = weighted_rows(z, weights, first)
             add_to_lower(hessian, z, weighted)
             with torch.autocast(z.device.type, enabled=False):
@@ -74,13 +77,13 @@ class QuantizedWalk(BlockWalk):
             add_products(cross, moved, weighted)
             raise Done
 
-        with hooked([(module, hook)]):
+        with MatrixCalls(tensors[:1], entering):
             for text, states in enumerate(self._quantized):
                 try:
                     self._run(states, text)
                 except Done:
                     pass
-                first += len(self.inputs(module)[text])
+                first += len(self.inputs(tensors[0])[text])
         of_each = (cross if few else stacked @ cross).split([len(t.weight) for t in tensors])
         return Seen(mirror(hessian), {t.name: part for t, part in zip(tensors, of_each, strict=True)})
 
@@ -95,32 +98,29 @@ def quantize_in_order(
     calibration: Calibration,
     texts: Sequence[Sequence[int]],
     config: ExportConfig,
-    wanted: Callable[[LinkedTensor], bool],
+    wanted: Callable[[Linked], bool],
     visit: Callable[[LinkedTensor, torch.Tensor, torch.Tensor, torch.Tensor], None],
-    quantized: Callable[[LinkedTensor], torch.Tensor | None],
+    visit_experts: Callable[[Sequence[LinkedExperts], BlockWalk], None],
+    quantized: Callable[[Linked], torch.Tensor | None],
     reporter: Reporter,
 ) -> None:
     """visit(tensor, hessian shrunk, its inverse Cholesky, target) for every wanted matrix in a block, in the order in
-    which the model runs them.
+    which the model runs them, and visit_experts(tensors with the same input, the walk in their block) for experts.
 
     quantized(tensor): the weights [rows, columns] that the model goes on with, wanted or not; None leaves them as they
-    are. Modules hold the new weights afterwards.
+    are. The torch model holds the new weights afterwards.
     """
-    for tensor in loaded.linear:
-        if block_name(tensor) is None:
-            raise TacqError(
-                f"tensor '{tensor.name}' ({tensor.module_name}) is in no block of {loaded.name}; use --hessian-inputs "
-                "float."
-            )
-    names = {t.name for t in loaded.linear}
-    groups = [(k, group) for k, group in enumerate(calibration.groups) if group[0].name in names]
     blocks = blocks_of(loaded)
+    names = {t.name for _, tensors in blocks for t in tensors}
+    groups = [(k, group) for k, group in enumerate(calibration.groups) if group[0].name in names]
     walk = QuantizedWalk(loaded, [block for block, _ in blocks], texts, config.precision == "bf16")
     total, done = sum(1 for t in loaded.linear if wanted(t)), 0
     for _, tensors in blocks:
         inside = {t.name for t in tensors}
         of_block = [(k, group, [t for t in group if wanted(t)]) for k, group in groups if group[0].name in inside]
-        walk.enter([chosen[0].module for _, _, chosen in of_block if chosen])
+        of_experts = [g for g in calibration.expert_groups if g[0].name in inside]
+        experts = [chosen for g in of_experts if (chosen := [t for t in g if wanted(t)])]
+        walk.enter([c[0] for _, _, c in of_block if c] + [m for c in experts for m in c[0].matrices])
         for k, group, chosen in of_block:
             if chosen:
                 weights = calibration.token_weights(k, config.hessian)
@@ -132,6 +132,21 @@ def quantize_in_order(
                 done += 1
                 reporter.progress(done, total, "quantizing")
             for tensor in group:
-                if (weight := quantized(tensor)) is not None:
-                    tensor.module.weight.data.copy_(weight)
+                put_quantized(tensor, quantized)
+        for chosen in experts:
+            visit_experts(chosen, walk)
+            done += len(chosen)
+            reporter.progress(done, total, "quantizing")
+        for group in of_experts:
+            for tensor in group:
+                put_quantized(tensor, quantized)
         walk.leave()
+
+
+def put_quantized(tensor: Linked, quantized: Callable[[Linked], torch.Tensor | None]) -> None:
+    """Let the torch model go on with the quantized weights, where there are any."""
+    if (weight := quantized(tensor)) is not None:
+        first = 0
+        for matrix in matrices_of(tensor):
+            matrix.put(weight[first : first + matrix.shape[0]])
+            first += matrix.shape[0]

@@ -28,19 +28,21 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import kl_div, linear, log_softmax
 
-from ..calibration.collect_inputs import Done, collect_inputs, hooked
+from ..calibration.collect_inputs import Done, collect_inputs
 from ..config import ExportConfig
 from ..errors import TacqError
 from ..files import written_atomically
 from ..format.gguf_file import numpy_shape, tensor_values
 from ..format.write_gguf import encode_as
-from ..inputs.link_tensors import LinkedTensor, tensor_names
+from ..inputs.link_tensors import Linked, LinkedTensor, tensor_names
 from ..inputs.load_model import LoadedModel
 from ..inputs.load_task import Task
+from ..inputs.matrix_calls import MatrixCalls
 from ..inputs.tokenize_task import tokenize_for_loss
 from ..reporting import Reporter
 from ..workdir import WorkDir
 from .quantize_model import finished_weights, head_tensor
+from .quantize_sequential import put_quantized
 
 STEP = 0.005  # of Adam, as a share of a vector's mean magnitude
 BATCH = 4  # examples a step
@@ -120,10 +122,10 @@ def save_head_inputs(
     path = folder / HEAD_INPUTS
     if path.is_file():
         return
-    module, found = head_tensor(loaded).module, []
+    head, found = head_tensor(loaded), []
     with torch.autocast(loaded.model.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
         for text in reporter.track(texts, "what the head gets"):
-            found.append(collect_inputs(loaded.model, [module], [text])[0][0].half().cpu())
+            found.append(collect_inputs(loaded.model, [head], [text])[0][0].half().cpu())
     with written_atomically(path) as partial:
         save_file({"head_inputs": torch.cat(found)}, partial)
 
@@ -146,7 +148,7 @@ class VectorTuner:
     ):
         self._loaded, self._head, self._states, self._texts, self._bf16 = loaded, head, states, texts, bf16
         self._begins = begins or [1] * len(texts)
-        self._module = head_tensor(loaded).module
+        self._output = head_tensor(loaded)  # quantized
 
     def n_predictions(self, texts: Sequence[int]) -> int:
         return sum(len(self._texts[i]) - self._begins[i] for i in texts)
@@ -156,14 +158,14 @@ class VectorTuner:
         share times its gradients to the vectors'."""
         inputs: list[torch.Tensor] = []
 
-        def hook(module: torch.nn.Module, args: tuple) -> None:
-            inputs.append(args[0])
+        def entering(tensor: LinkedTensor, x: torch.Tensor) -> None:
+            inputs.append(x)
             raise Done
 
         device = self._loaded.model.device
         with (
             torch.set_grad_enabled(share is not None),
-            hooked([(self._module, hook)]),
+            MatrixCalls([self._output], entering),
             torch.autocast(device.type, torch.bfloat16, enabled=self._bf16),
         ):
             try:
@@ -177,7 +179,7 @@ class VectorTuner:
             piece = own[at].detach().requires_grad_(share is not None)
             with torch.autocast(device.type, torch.bfloat16, enabled=self._bf16):
                 logits, aim = (
-                    linear(piece, self._module.weight),
+                    linear(piece, self._output.weight),
                     linear(self._states[text][at].to(device).float(), self._head),
                 )
             kl = kl_div(log_softmax(logits.float(), -1), log_softmax(aim.float(), -1), reduction="sum", log_target=True)
@@ -257,16 +259,19 @@ def tune_vectors(
 
 @torch.no_grad()
 def put_written_weights(loaded: LoadedModel, fixed: dict[str, str], work: WorkDir) -> None:
-    """Give every matrix's module what the file will hold."""
+    """Give every matrix of the torch model what the file will hold."""
+
+    def written(tensor: Linked) -> torch.Tensor | None:
+        found = finished_weights(tensor, work)
+        if found is None and tensor.name in fixed:
+            return _rounded(tensor, fixed[tensor.name])
+        return found
+
     for tensor in [*loaded.linear, loaded.embedding, *([loaded.head] if loaded.head else [])]:
-        written = finished_weights(tensor, work)
-        if written is None and tensor.name in fixed:
-            written = _rounded(tensor, fixed[tensor.name])
-        if written is not None:
-            tensor.module.weight.data.copy_(written)
+        put_quantized(tensor, written)
 
 
-def _rounded(tensor: LinkedTensor, type_name: str) -> torch.Tensor:
+def _rounded(tensor: Linked, type_name: str) -> torch.Tensor:
     """float32 [rows, columns] of a matrix in a float or stock type. Rows do not depend on each other, so their order
     does not matter."""
     data = encode_as(tensor.weight.cpu().numpy(), type_name, tensor.name)

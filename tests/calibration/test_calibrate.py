@@ -11,19 +11,12 @@ import numpy as np
 import pytest
 import safetensors
 import torch
-from tiny_hf import TEXTS, tiny_model
+from tiny_hf import TEXTS, linked_modules, tiny_model
 
 from tacq_export.calibration import calibrate as module
-from tacq_export.calibration.calibrate import (
-    EMBEDDING_OUTPUT,
-    Calibration,
-    accumulate_gradients,
-    calibrate,
-    disk_bytes,
-    effective_number,
-    token_weights,
-)
-from tacq_export.calibration.hessian import damped_hessian
+from tacq_export.calibration.calibrate import Calibration, calibrate, disk_bytes
+from tacq_export.calibration.gradients import EMBEDDING_OUTPUT, accumulate_gradients
+from tacq_export.calibration.hessian import damped_hessian, effective_number, token_weights
 from tacq_export.calibration.predict_loss import predict_losses
 from tacq_export.config import ExportConfig
 from tacq_export.errors import TacqError
@@ -50,6 +43,13 @@ def matrices(model) -> dict[str, torch.nn.Module]:
 
 def everywhere(model) -> dict[str, torch.nn.Module]:
     return matrices(model) | {HEAD: model.get_output_embeddings(), EMBEDDING_OUTPUT: model.get_input_embeddings()}
+
+
+def accumulated(model, of_weights: dict, of_outputs: dict, *args, **options) -> dict[str, torch.Tensor]:
+    """`accumulate_gradients` of modules by name."""
+    outputs = {name: module for name, module in of_outputs.items() if name != EMBEDDING_OUTPUT}
+    embedding = of_outputs.get(EMBEDDING_OUTPUT)
+    return accumulate_gradients(model, linked_modules(of_weights), linked_modules(outputs), embedding, *args, **options)
 
 
 def autograd(model, begins: list[int]) -> dict[str, dict[str, list[torch.Tensor]]]:
@@ -96,7 +96,7 @@ def close(found: torch.Tensor, expected: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("power", [1, 2])
 def test_gradients_and_statistics_are_those_of_autograd(model, by_autograd, power):
-    found = accumulate_gradients(model, matrices(model), everywhere(model), TEXTS, power, Reporter())
+    found = accumulated(model, matrices(model), everywhere(model), TEXTS, power, Reporter())
     outputs = by_autograd["outputs"]
     assert set(found) == {*matrices(model), *(f"{name}/{kind}" for name in outputs for kind in ("tokens", "rows"))}
     for name, gradients in by_autograd["weights"].items():
@@ -111,7 +111,7 @@ def test_only_tokens_from_where_an_answer_begins_count(model):
     """From 1 on is the whole text."""
     begins = [4, 1, 1]
     found, expected = (
-        accumulate_gradients(model, matrices(model), everywhere(model), TEXTS, 2, Reporter(), begins=begins),
+        accumulated(model, matrices(model), everywhere(model), TEXTS, 2, Reporter(), begins=begins),
         autograd(model, begins),
     )
     for name, gradients in expected["weights"].items():
@@ -122,16 +122,15 @@ def test_only_tokens_from_where_an_answer_begins_count(model):
     assert torch.equal(
         head == 0, torch.tensor([True] * 3 + [False] * 3 + [True] + [False] * 5 + [True] + [False, True])
     ), "no logits of question tokens count, nor a text's last"
-    whole = accumulate_gradients(model, matrices(model), everywhere(model), TEXTS, 2, Reporter())
-    ones = accumulate_gradients(model, matrices(model), everywhere(model), TEXTS, 2, Reporter(), begins=[1, 1, 1])
+    whole = accumulated(model, matrices(model), everywhere(model), TEXTS, 2, Reporter())
+    ones = accumulated(model, matrices(model), everywhere(model), TEXTS, 2, Reporter(), begins=[1, 1, 1])
     assert all(torch.equal(whole[name], ones[name]) for name in whole)
 
 
 def test_statistics_of_outputs_need_no_gradients_of_weights(model):
     """The very same bits, and not one weight is differentiated."""
     both, alone = (
-        accumulate_gradients(model, of_weights, everywhere(model), TEXTS, 1, Reporter())
-        for of_weights in (matrices(model), {})
+        accumulated(model, of_weights, everywhere(model), TEXTS, 1, Reporter()) for of_weights in (matrices(model), {})
     )
     assert set(alone) == set(both) - set(matrices(model)) and all(
         torch.equal(alone[name], both[name]) for name in alone
@@ -157,9 +156,7 @@ def assert_restored(model):
 
 def test_the_model_is_left_as_it_was_and_a_second_run_gives_the_same_bits(model):
     before = {name: p.clone() for name, p in model.named_parameters()}
-    first, second = (
-        accumulate_gradients(model, matrices(model), everywhere(model), TEXTS, 1, Reporter()) for _ in range(2)
-    )
+    first, second = (accumulated(model, matrices(model), everywhere(model), TEXTS, 1, Reporter()) for _ in range(2))
     assert_restored(model)
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -177,7 +174,7 @@ def test_gradient_memory_is_one_matrix(model, monkeypatch):
         return original(parameter, watched)
 
     monkeypatch.setattr(torch.nn.Parameter, "register_post_accumulate_grad_hook", register)
-    accumulate_gradients(model, matrices(model), {}, TEXTS[:1], 1, Reporter())
+    accumulated(model, matrices(model), {}, TEXTS[:1], 1, Reporter())
     assert held == [0] * len(matrices(model))
 
 
@@ -186,13 +183,13 @@ def test_a_loss_that_is_no_number_is_refused_and_the_model_restored(model):
     with torch.no_grad():
         broken.get_output_embeddings().weight[:] = float("inf")
     with pytest.raises(TacqError, match="The loss of example 1 is nan; the model or that example is damaged."):
-        accumulate_gradients(broken, matrices(broken), everywhere(broken), TEXTS, 1, Reporter())
+        accumulated(broken, matrices(broken), everywhere(broken), TEXTS, 1, Reporter())
     assert_restored(broken)
 
 
 def test_bfloat16_products_give_nearly_the_same(model, by_autograd):
     """8 bits of precision: within 10 % of the whole, and not equal. What is summed is float32."""
-    found = accumulate_gradients(model, matrices(model), everywhere(model), TEXTS, 1, Reporter(), bf16=True)
+    found = accumulated(model, matrices(model), everywhere(model), TEXTS, 1, Reporter(), bf16=True)
     for name, gradients in by_autograd["weights"].items():
         expected = sum(g.abs() for g in gradients)
         assert found[name].dtype == torch.float32
@@ -249,7 +246,7 @@ def test_what_lies_on_disk_is_what_the_formulas_say(load_tiny, tmp_path, archite
     loaded, head = linked(load_tiny, architecture)
     found = run(loaded, head, tmp_path, hessian="gradient" if weighted else "plain")
     outputs = {t.name: t.module for t in [*loaded.linear, head]} | {EMBEDDING_OUTPUT: loaded.embedding.module}
-    statistics = accumulate_gradients(loaded.model, {}, outputs, TEXTS, 1, Reporter())
+    statistics = accumulated(loaded.model, {}, outputs, TEXTS, 1, Reporter())
     assert found.n_tokens == sum(map(len, TEXTS))
     assert sorted(t.name for g in found.groups for t in g) == sorted(t.name for t in [*loaded.linear, head])
     losses = found.losses()
@@ -372,16 +369,14 @@ def test_gradient_sums_are_made_for_the_scores_that_need_them(load_tiny, tmp_pat
     """Each power once, and nothing else again."""
     loaded, head = linked(load_tiny, "llama")
     expected = {
-        power: accumulate_gradients(
-            loaded.model, {t.name: t.module for t in loaded.linear}, {}, TEXTS, power, Reporter()
-        )
+        power: accumulated(loaded.model, {t.name: t.module for t in loaded.linear}, {}, TEXTS, power, Reporter())
         for power in (1, 2)
     }
     run(loaded, head, tmp_path, score="magnitude")
     made, first = [], files(tmp_path)
     assert not list(tmp_path.glob("gradients*"))
     original = accumulate_gradients
-    monkeypatch.setattr(module, "accumulate_gradients", lambda *args: (made.append(args[4]), original(*args))[1])
+    monkeypatch.setattr(module, "accumulate_gradients", lambda *args: (made.append(args[5]), original(*args))[1])
     monkeypatch.setattr(module, "second_moment", refuse)
     for score, powers in (("obs", []), ("tacq", [1]), ("fisher", [1, 2]), ("gradient", [1, 2]), ("random", [1, 2])):
         found = run(loaded, head, tmp_path, score=score)

@@ -74,7 +74,7 @@ def short(group: list[LinkedTensor]) -> tuple[str, ...]:
 
 
 def test_groups_share_an_input_and_come_in_the_order_of_the_model(model, tensors):
-    groups = group_by_input(model, tensors, TEXTS[0])
+    groups, _ = group_by_input(model, tensors, TEXTS[0])
     kinds = [
         ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
         ("self_attn.o_proj",),
@@ -92,7 +92,7 @@ def close(found: torch.Tensor, expected: np.ndarray) -> None:
 
 
 def hessians(model, groups, weights) -> list[torch.Tensor]:
-    inputs = collect_inputs(model, [group[0].module for group in groups], TEXTS)
+    inputs = collect_inputs(model, [group[0] for group in groups], TEXTS)
     return [second_moment(x, w) for x, w in zip(inputs, weights, strict=True)]
 
 
@@ -100,7 +100,7 @@ def hessians(model, groups, weights) -> list[torch.Tensor]:
 def test_hessians_are_sums_of_outer_products_of_the_inputs(model, tensors, expected, monkeypatch, stripe):
     """In one piece, in two or so, in pieces that do not divide the matrix, in rows."""
     monkeypatch.setattr(module, "STRIPE", stripe)
-    groups = group_by_input(model, tensors, TEXTS[0])
+    groups, _ = group_by_input(model, tensors, TEXTS[0])
     for group, hessian in zip(groups, hessians(model, groups, [None] * len(groups)), strict=True):
         for tensor in group:
             close(hessian, expected[tensor.name])
@@ -109,7 +109,7 @@ def test_hessians_are_sums_of_outer_products_of_the_inputs(model, tensors, expec
 
 def test_every_token_counts_by_its_weight_in_each_group(model, tensors, inputs):
     """Texts of 9, 4 and 39 tokens: a weight that belongs to another token, or another group, gives another matrix."""
-    groups = group_by_input(model, tensors, TEXTS[0])
+    groups, _ = group_by_input(model, tensors, TEXTS[0])
     weights = [None if i == 2 else some_weights(i) for i in range(len(groups))]
     for group, weight, hessian in zip(groups, weights, hessians(model, groups, weights), strict=True):
         x = inputs[group[0].name]
@@ -119,7 +119,7 @@ def test_every_token_counts_by_its_weight_in_each_group(model, tensors, inputs):
 def test_bfloat16_products_change_the_inputs_but_not_the_sums(model, tensors, inputs):
     """The first matrices get float32 inputs whatever the products are: their sum must be as exact as ever. Later inputs
     have 8 bits of precision: within 5 %, and not the same."""
-    groups = group_by_input(model, tensors, TEXTS[0])
+    groups, _ = group_by_input(model, tensors, TEXTS[0])
     weights = [some_weights(i) for i in range(len(groups))]
     with torch.autocast("cpu", torch.bfloat16):
         found = hessians(model, groups, weights)
@@ -132,7 +132,7 @@ def test_bfloat16_products_change_the_inputs_but_not_the_sums(model, tensors, in
 
 
 def test_inputs_are_each_text_s_own(model, tensors, inputs):
-    found = collect_inputs(model, [t.module for t in tensors], TEXTS)
+    found = collect_inputs(model, tensors, TEXTS)
     for tensor, of_texts in zip(tensors, found, strict=True):
         assert [len(x) for x in of_texts] == list(map(len, TEXTS)) and all(x.dtype == torch.float32 for x in of_texts)
         assert np.array_equal(torch.cat(of_texts).double().numpy(), inputs[tensor.name])
@@ -140,15 +140,15 @@ def test_inputs_are_each_text_s_own(model, tensors, inputs):
 
 def test_a_pass_stops_after_the_last_module(model, tensors):
     """The second layer must not run when only the first is of interest."""
-    groups = group_by_input(model, tensors, TEXTS[0])[:2]
+    groups = group_by_input(model, tensors, TEXTS[0])[0][:2]
     ran = []
     handle = model.model.layers[1].register_forward_pre_hook(lambda *_: ran.append(1))
-    collect_inputs(model, [group[0].module for group in groups], TEXTS)
+    collect_inputs(model, [group[0] for group in groups], TEXTS)
     handle.remove()
     assert ran == []
 
 
 def test_hooks_are_removed_when_the_model_fails(model, tensors):
     with pytest.raises(IndexError):
-        collect_inputs(model, [t.module for t in tensors], [[1, 10**6]])
+        collect_inputs(model, tensors, [[1, 10**6]])
     assert not any(t.module._forward_pre_hooks for t in tensors)

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from tiny_hf import ARCHITECTURES, TEXTS, VOCAB, tiny_model
+from tiny_hf import ARCHITECTURES, TEXTS, VOCAB, linked_modules, tiny_model
 
-from tacq_export.calibration.calibrate import accumulate_gradients
+from tacq_export.calibration.gradients import accumulate_gradients
 from tacq_export.calibration.next_token_loss import backward_loss
 from tacq_export.reporting import Reporter
 
@@ -42,14 +42,11 @@ def test_the_blocks_run_once_and_few_logits_are_in_memory():
 def test_statistics_at_the_outputs_are_those_of_the_whole(monkeypatch):
     """The head's are gathered piece by piece, those of the blocks at once."""
     model = tiny_model("llama").requires_grad_(False)
-    outputs = {
-        "head": model.lm_head,
-        "down": model.model.layers[0].mlp.down_proj,
-        "embedding": model.model.embed_tokens,
-    }
-    expected = accumulate_gradients(model, {}, outputs, TEXTS, 1, Reporter(), begins=[2, 1, 1])
+    outputs = linked_modules({"head": model.lm_head, "down": model.model.layers[0].mlp.down_proj})
+    embedding = model.model.embed_tokens
+    expected = accumulate_gradients(model, [], outputs, embedding, TEXTS, 1, Reporter(), begins=[2, 1, 1])
     monkeypatch.setattr(backward_loss, "__defaults__", (2 * VOCAB,))
-    found = accumulate_gradients(model, {}, outputs, TEXTS, 1, Reporter(), begins=[2, 1, 1])
+    found = accumulate_gradients(model, [], outputs, embedding, TEXTS, 1, Reporter(), begins=[2, 1, 1])
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         assert value.shape == found[name].shape

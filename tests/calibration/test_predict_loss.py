@@ -8,7 +8,7 @@ import torch
 from tiny_hf import tiny_model
 
 from tacq_export.calibration import predict_loss
-from tacq_export.calibration.calibrate import EMBEDDING_OUTPUT, accumulate_gradients
+from tacq_export.calibration.gradients import EMBEDDING_OUTPUT, accumulate_gradients
 from tacq_export.calibration.predict_loss import (
     SAMPLE_ROWS,
     embedding_loss,
@@ -217,9 +217,7 @@ def test_the_loss_of_an_embedding_is_that_of_what_it_puts_out(architecture, bits
     """1/(2 T) sum_t sum_j a_j (y' - y)_tj^2, y' what a module with the rounded weights really puts out."""
     model = tiny_model(architecture).requires_grad_(False)
     module = model.get_input_embeddings()
-    energy = accumulate_gradients(model, {}, {EMBEDDING_OUTPUT: module}, TEXTS, 1, Reporter())[
-        f"{EMBEDDING_OUTPUT}/rows"
-    ]
+    energy = accumulate_gradients(model, [], [], module, TEXTS, 1, Reporter())[f"{EMBEDDING_OUTPUT}/rows"]
     found = embedding_loss(TRIAL, LinkedTensor("token_embd.weight", "embed", module, None), energy, TEXTS, bits)
     outputs = lambda: np.concatenate([module(torch.tensor(text)).double().numpy() for text in TEXTS])  # noqa: E731
     exact = outputs()

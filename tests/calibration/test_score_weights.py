@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_hf import TEXTS, VOCAB, tiny_model
 
-from tacq_export.calibration.calibrate import accumulate_gradients
+from tacq_export.calibration.gradients import accumulate_gradients
 from tacq_export.calibration.score_weights import NEEDS_REFERENCE, NEEDS_STATISTIC, score_weights
 from tacq_export.config import SCORES
 from tacq_export.errors import TacqError
@@ -55,9 +55,7 @@ def gradients(model) -> dict[str, list[torch.Tensor]]:
 
 def sums(model, power: int):
     """name -> the gradient sum of a matrix, as a calibration has it."""
-    return accumulate_gradients(
-        model, {t.name: t.module for t in matrices(model)}, {}, TEXTS, power, Reporter()
-    ).__getitem__
+    return accumulate_gradients(model, matrices(model), [], None, TEXTS, power, Reporter()).__getitem__
 
 
 @pytest.fixture(scope="module")

@@ -29,22 +29,22 @@ def test_matrices_get_what_they_get_in_the_whole_model(load_tiny, architecture, 
         expected = dict(
             zip(
                 [t.name for t in [*loaded.linear, head]],
-                collect_inputs(loaded.model, [t.module for t in [*loaded.linear, head]], TEXTS),
+                collect_inputs(loaded.model, [*loaded.linear, head], TEXTS),
                 strict=True,
             )
         )
     walk, seen = walk_of(loaded, bf16), 0
     for _, tensors in blocks_of(loaded):
-        walk.enter([t.module for t in tensors])
+        walk.enter(tensors)
         for tensor in tensors:
-            assert same(walk.inputs(tensor.module), expected[tensor.name]), tensor.name
+            assert same(walk.inputs(tensor), expected[tensor.name]), tensor.name
             seen += 1
         walk.leave()
     assert seen == len(loaded.linear) == 14
     ran = []
     handle = loaded.linear[0].module.register_forward_pre_hook(lambda *_: ran.append(1))
     with walk.passed():
-        of_head = collect_inputs(loaded.model, [head.module], TEXTS)
+        of_head = collect_inputs(loaded.model, [head], TEXTS)
     handle.remove()
     assert same(of_head[0], expected[head.name]) and ran == []
     assert all("forward" not in module.__dict__ for module in loaded.model.modules())
@@ -56,7 +56,7 @@ def test_the_model_is_left_as_it_was_when_a_block_fails(load_tiny, architecture)
     walk, (_, tensors) = walk_of(loaded), blocks_of(loaded)[0]
     handle = tensors[-1].module.register_forward_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        walk.enter([t.module for t in tensors])
+        walk.enter(tensors)
     handle.remove()
     with pytest.raises(KeyboardInterrupt), walk.passed():
         raise KeyboardInterrupt

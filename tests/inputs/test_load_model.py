@@ -11,7 +11,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from tiny_hf import tiny_model, write_model_folder
+from tiny_hf import Listener, tiny_model, write_model_folder
 from tiny_model import write_tiny_model
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -272,21 +272,35 @@ def test_equal_rows_are_each_used_once(tmp_path):
     assert torch.equal(up.weight[up.rows], up.weight.flip(0))
 
 
-def test_other_numbers_are_refused_by_name(tmp_path):
+def linked_and_said(path, model, tensors, architecture="qwen2") -> tuple[dict, str]:
+    """({name: matrix}, lines for the user) of a reference with these tensors."""
+    listener = Listener()
+    linear, _, _ = link_tensors(model, write_reference(path, architecture, tensors, 2), listener)
+    return {t.name: t for t in linear}, "\n".join(listener.lines)
+
+
+def test_other_numbers_are_copied_and_named(tmp_path):
     model = tiny_model("qwen2")
     tensors = qwen2_tensors(model)
     changed = tensors["blk.0.attn_v.weight"].clone()
     changed[2, 2] += 0.5
-    message = link_error(tmp_path / "a.gguf", model, tensors | {"blk.0.attn_v.weight": changed})
-    assert message.startswith(
-        "tensor 'blk.0.attn_v.weight' (32 x 64) of architecture 'qwen2' does not hold the numbers of its torch weight"
-    )
     twice = tensors["blk.0.attn_v.weight"].clone()
     twice[0] = twice[1]  # every row is one of torch's, but not each once
-    assert "'blk.0.attn_v.weight'" in link_error(tmp_path / "b.gguf", model, tensors | {"blk.0.attn_v.weight": twice})
-    assert "'blk.0.attn_v.weight' (64 x 32)" in link_error(
-        tmp_path / "c.gguf", model, tensors | {"blk.0.attn_v.weight": tensors["blk.0.attn_v.weight"].t().contiguous()}
-    )
+    for i, other in enumerate((changed, twice)):
+        linear, said = linked_and_said(tmp_path / f"{i}.gguf", model, tensors | {"blk.0.attn_v.weight": other})
+        assert "blk.0.attn_v.weight" not in linear and len(linear) == 13
+        assert said == (
+            "1 matrix is copied as the float file has it (0.0 MB): torch holds other numbers; blk.0.attn_v.weight."
+        )
+
+
+def test_a_transposed_matrix_is_copied_where_torch_multiplies_with_it_as_it_is(tmp_path):
+    model = tiny_model("qwen2")
+    tensors = qwen2_tensors(model)
+    turned = tensors["blk.0.attn_v.weight"].t().contiguous()
+    linear, said = linked_and_said(tmp_path / "r.gguf", model, tensors | {"blk.0.attn_v.weight": turned})
+    assert "blk.0.attn_v.weight" not in linear
+    assert "torch does not multiply with them as with a linear layer; blk.0.attn_v.weight." in said
 
 
 def test_a_value_that_is_no_number_is_named(tmp_path):
@@ -299,49 +313,94 @@ def test_a_value_that_is_no_number_is_named(tmp_path):
     )
 
 
-def test_a_width_that_is_no_multiple_of_64_is_named(tmp_path):
+def test_a_width_that_is_no_multiple_of_64_is_for_stock_types(tmp_path):
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    model = Qwen2ForCausalLM(
-        Qwen2Config(
-            vocab_size=64,
-            hidden_size=96,
-            intermediate_size=128,
-            num_hidden_layers=1,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-        )
-    )
-    message = link_error(
-        tmp_path / "r.gguf", model, {"blk.0.attn_q.weight": model.model.layers[0].self_attn.q_proj.weight}
-    )
-    assert (
-        message == "tensor 'blk.0.attn_q.weight' (96 x 96) of architecture 'qwen2' has rows of 96 weights, expected a "
-        "multiple of 64; the TACQ types cannot hold this model."
-    )
+    sizes = {"vocab_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+    for width, expected in ((96, ("q4_0", "q5_1", "q8_0")), (72, ("f16",)), (128, ())):
+        model = Qwen2ForCausalLM(Qwen2Config(**sizes, hidden_size=width, intermediate_size=128))
+        tensors = {
+            "token_embd.weight": model.model.embed_tokens.weight,
+            "blk.0.attn_q.weight": model.model.layers[0].self_attn.q_proj.weight * 1.0,
+        }
+        linear, _ = linked_and_said(tmp_path / f"{width}.gguf", model, tensors)
+        assert linear["blk.0.attn_q.weight"].stock == expected
 
 
-def test_gpt2_with_its_conv1d_is_refused_by_name(tmp_path):
+def test_gpt2_with_its_conv1d_is_linked(tmp_path):
     model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=64, n_layer=1, n_head=4, n_positions=32))
     tensors = {
         "token_embd.weight": model.transformer.wte.weight,
+        "position_embd.weight": model.transformer.wpe.weight,
         "blk.0.attn_qkv.weight": model.transformer.h[0].attn.c_attn.weight.t(),
     }
-    message = link_error(tmp_path / "r.gguf", model, tensors, "gpt2")
-    assert (
-        "tensor 'blk.0.attn_qkv.weight'" in message
-        and "is a Conv1D in torch, expected a Linear; this architecture is not supported yet." in message
-    )
+    linear, said = linked_and_said(tmp_path / "r.gguf", model, tensors, "gpt2")
+    found = linear["blk.0.attn_qkv.weight"]
+    assert set(linear) == {"blk.0.attn_qkv.weight"} and said == ""
+    assert found.transposed and found.rows is None and torch.equal(found.weight, tensors["blk.0.attn_qkv.weight"])
+    found.put(torch.full((192, 64), 0.5))
+    assert bool((model.transformer.h[0].attn.c_attn.weight == 0.5).all())
 
 
-def test_tensors_that_are_no_layer_and_files_without_matrices_are_refused(tmp_path):
+def test_parts_of_a_fused_matrix_are_linked_each_with_its_rows(tmp_path):
+    """Torch has one matrix where the GGUF has two, side by side or in turns; and an order of rows in a part."""
     model = tiny_model("qwen2")
     tensors = qwen2_tensors(model)
-    assert (
-        "tensor 'blk.0.ffn_gate_exps.weight' (4 x 64) of architecture 'qwen2' is no layer of the torch model"
-        in link_error(tmp_path / "a.gguf", model, tensors | {"blk.0.ffn_gate_exps.weight": torch.ones(4, 64)})
+    up = tensors.pop("blk.0.ffn_up.weight")
+    order = torch.randperm(64, generator=torch.Generator().manual_seed(0))
+    for name, rows in {
+        "halves": (torch.arange(64), torch.arange(64, 128)),
+        "turns": (torch.arange(0, 128, 2), torch.arange(1, 128, 2)),
+        "orders": (order, 64 + order),
+    }.items():
+        parts = {f"blk.0.ffn_{part}.weight": up[r] for part, r in zip(("up", "gate"), rows, strict=True)}
+        linear, _ = linked_and_said(tmp_path / f"{name}.gguf", model, tensors | parts)
+        for (part, values), r in zip(parts.items(), rows, strict=True):
+            found = linear[part]
+            assert found.module is model.model.layers[0].mlp.up_proj and found.shape == (64, 64)
+            assert torch.equal(found.own, r.sort().values)
+            assert torch.equal(found.weight if found.rows is None else found.weight[found.rows], values)
+
+
+def test_what_is_no_multiplication_is_copied(tmp_path):
+    """A matrix that torch has, but does not multiply with: here a parameter that is added. F32 in a file of F16: left
+    alone without a word, as the converter has left it."""
+    model = tiny_model("qwen2")
+    model.model.layers[0].register_parameter("extra", torch.nn.Parameter(torch.randn(64, 64)))
+    tensors = qwen2_tensors(model)
+    linear, said = linked_and_said(
+        tmp_path / "a.gguf", model, tensors | {"blk.0.attn_gate.weight": model.model.layers[0].extra}
     )
-    assert "has no weight matrices" in link_error(
+    assert "blk.0.attn_gate.weight" not in linear and "does not multiply with them" in said
+    writer = gguf.GGUFWriter(tmp_path / "b.gguf", "qwen2")
+    writer.add_block_count(2)
+    for name, values in tensors.items():
+        kind = np.float32 if name == "blk.0.attn_q.weight" else np.float16
+        writer.add_tensor(name, values.detach().numpy().astype(kind))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    linear, _, _ = link_tensors(model, open_gguf(tmp_path / "b.gguf"))
+    assert len(linear) == 13 and "blk.0.attn_q.weight" not in {t.name for t in linear}
+
+
+def test_a_model_that_torch_cannot_run_is_refused(tmp_path, monkeypatch):
+    model = tiny_model("qwen2")
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("no such kernel\nsecond line")
+
+    monkeypatch.setattr(model.model.layers[1].mlp, "forward", fail)
+    assert link_error(tmp_path / "r.gguf", model, qwen2_tensors(model)) == (
+        "torch cannot run the model (RuntimeError: no such kernel); use an architecture that transformers can run here."
+    )
+
+
+def test_files_without_matrices_are_refused(tmp_path):
+    model = tiny_model("qwen2")
+    tensors = qwen2_tensors(model)
+    assert "has no weight matrices that tacq-export can quantize" in link_error(
         tmp_path / "b.gguf", model, {"token_embd.weight": tensors["token_embd.weight"]}
     )
     without = {name: t for name, t in tensors.items() if name != "token_embd.weight"}

@@ -15,7 +15,6 @@ from tacq_export.calibration.calibrate import calibrate
 from tacq_export.calibration.hessian import inverse_hessian_cholesky, shrink
 from tacq_export.calibration.walk_blocks import blocks_of
 from tacq_export.config import ExportConfig
-from tacq_export.errors import TacqError
 from tacq_export.format.tensor_types import TYPES_BY_NAME
 from tacq_export.inputs.link_tensors import LinkedTensor
 from tacq_export.planning.select_weights import TensorSelection
@@ -68,7 +67,7 @@ def test_what_a_matrix_sees(load_tiny, architecture):
             next(t for t in tensors if t.name.split(".")[2] == part)
             for part in ("attn_q", "attn_output", "ffn_up", "ffn_down")
         ]
-        walk.enter([_siblings(tensors, t)[0].module for t in order])
+        walk.enter([_siblings(tensors, t)[0] for t in order])
         for tensor in order:
             seen = walk.see(_siblings(tensors, tensor), weights)
             x, z = inputs(load_tiny(architecture).model, tensor.module_name), inputs(changed.model, tensor.module_name)
@@ -81,7 +80,7 @@ def test_what_a_matrix_sees(load_tiny, architecture):
                 )
             for t, twin in zip(loaded.linear, changed.linear, strict=False):
                 if t in _siblings(tensors, tensor):
-                    t.module.weight.data.copy_(new[t.name])
+                    t.put(new[t.name])
                     twin.module.weight.data.copy_(new[t.name])
         walk.leave()
     assert np.abs(x - z).max() > 1e-3, "the two models differ"
@@ -152,7 +151,7 @@ def test_matrices_make_up_for_those_before_them(load_tiny, tmp_path, architectur
         work = quantized_model(loaded, tmp_path, hessian_inputs)
         if hessian_inputs == "float":  # leaves the modules alone
             for tensor in loaded.linear:
-                tensor.module.weight.data.copy_(finished_weights(tensor, work))
+                tensor.put(finished_weights(tensor, work))
         got = inputs(loaded.model, last.module_name) @ last.weight.double().numpy().T
         wrong[hessian_inputs] = np.square(got - exact).sum() / np.square(exact).sum()
     assert 0 < wrong["quantized"] < 0.67 * wrong["float"]
@@ -197,6 +196,7 @@ def test_the_model_is_left_without_hooks_when_it_fails(load_tiny, tmp_path):
             ExportConfig("m", "t", "o.gguf"),
             lambda t: True,
             fail,
+            fail,
             lambda t: None,
             Reporter(),
         )
@@ -204,11 +204,25 @@ def test_the_model_is_left_without_hooks_when_it_fails(load_tiny, tmp_path):
         assert not module._forward_pre_hooks and not module._forward_hooks and "forward" not in module.__dict__
 
 
-def test_a_matrix_outside_blocks_is_named(load_tiny):
-    loaded = load_tiny("qwen2")
-    outside = replace(loaded, linear=[*loaded.linear, loaded.embedding])
-    with pytest.raises(TacqError, match="'token_embd.weight' .* is in no block .* use --hessian-inputs float"):
-        quantize_in_order(
-            outside, None, TEXTS, ExportConfig("m", "t", "o.gguf"), lambda t: True, None, lambda t: None, Reporter()
-        )
+def test_a_matrix_outside_blocks_is_left_to_the_float_model_s_inputs(load_tiny, tmp_path):
+    """It is not visited block by block, but is in the calibration, and so is quantized behind the blocks as the head
+    is."""
+    loaded = own_copy(load_tiny, "qwen2")
+    outside = replace(loaded, linear=[*loaded.linear, head_tensor(loaded)], head=None)
+    visited = []
+    calibration = calibrate(
+        loaded, head_tensor(loaded), TEXTS, None, TRIAL, ExportConfig("m", "t", "o.gguf"), tmp_path, Reporter()
+    )
+    quantize_in_order(
+        outside,
+        calibration,
+        TEXTS,
+        ExportConfig("m", "t", "o.gguf"),
+        lambda t: True,
+        lambda t, *_: visited.append(t.name),
+        None,
+        lambda t: None,
+        Reporter(),
+    )
+    assert sorted(visited) == sorted(t.name for t in loaded.linear)
     assert blocks_of(outside)[1][1] == blocks_of(loaded)[1][1]
