@@ -1,9 +1,10 @@
 """What the task says about experts: the same as about other matrices, of each expert's own tokens.
 
 Each expert is a matrix with the Hessian of the tokens that are routed to it in the float model. A block of 128 experts
-has too many Hessians to hold or to keep, so they are made one after the other from the inputs of a walk (walk_blocks.py)
-and dropped; what stays on disk of each is the diagonal of its inverse. A few experts stand for all in the prediction of
-losses, chosen like the sampled rows of a matrix, by their energy; theirs stay, for what keeping weights would save.
+has too many Hessians to hold or to keep, so they are made one after the other from the inputs of a walk
+(walk_blocks.py) and dropped; what stays on disk of each is the diagonal of its inverse. A few experts stand for all in
+the prediction of losses, chosen like the sampled rows of a matrix, by their energy; theirs stay, for what keeping
+weights would save.
 
     hessians/experts-N.safetensors  diagonal/E: float32 [columns], diag(H^-1) of expert E, with 1 % damping;
                                     hessian/E: float32 [columns, columns] of a sampled one

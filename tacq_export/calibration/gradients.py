@@ -28,8 +28,8 @@ def accumulate_gradients(
     bf16: bool = False,
     begins: Sequence[int] | None = None,
 ) -> dict[str, torch.Tensor]:
-    """{name: sum over texts of |dL/dW|^power, [rows, columns]} of the matrices `of_weights` and, of the gradients at the
-    outputs of those `of_outputs` and of the embedding (which must be given if there are no weights), {name/tokens:
+    """{name: sum over texts of |dL/dW|^power, [rows, columns]} of the matrices `of_weights` and, of the gradients at
+    the outputs of those `of_outputs` and of the embedding (which must be given if there are no weights), {name/tokens:
     [tokens of all texts], name/rows: [rows]}; float32. An expert's tokens are those that are routed to it.
 
     L is the mean next-token cross-entropy of one text for the weights (the paper's), and the sum for the outputs, where

@@ -199,7 +199,8 @@ def embedding_loss(
     texts: Sequence[Sequence[int]],
     kind: int | str,
 ) -> float:
-    """Predicted loss of an embedding by plain rounding to a width of ours or a stock type: 1/(2 T) sum_t sum_j a_j dW_tj^2 over the tokens of the texts.
+    """Predicted loss of an embedding by plain rounding to a width of ours or a stock type: 1/(2 T) sum_t sum_j a_j
+    dW_tj^2 over the tokens of the texts.
 
     row_energy: float32 [columns], T a_j of what the embedding puts out, which some architectures (Gemma) scale.
     """

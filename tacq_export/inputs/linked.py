@@ -14,10 +14,10 @@ from .match_rows import Source
 class LinkedTensor:
     """One matrix: its GGUF tensor, or one expert's part of that, and the torch parameter whose rows it is.
 
-    name: of the tensor, NAME[3] for the fourth expert's part (is_expert). own: int64 [n_rows], the rows of the torch matrix that
-    make it, ascending, or None for all. rows: int64 [n_rows] or None: GGUF row i is own row rows[i] (Llama's q and k
-    are stored in another order). stock: empty, or the stock types that hold the matrix where ours cannot
-    (held_types.py). The other fields: as in `Source`.
+    name: of the tensor, NAME[3] for the fourth expert's part (is_expert). own: int64 [n_rows], the rows of the torch
+    matrix that make it, ascending, or None for all. rows: int64 [n_rows] or None: GGUF row i is own row rows[i]
+    (Llama's q and k are stored in another order). stock: empty, or the stock types that hold the matrix where ours
+    cannot (held_types.py). The other fields: as in `Source`.
     """
 
     name: str

@@ -36,9 +36,9 @@ class MatrixCalls(TorchFunctionMode):
     """For as long as the `with` lasts: entering(tensor, x) before, and leaving(tensor, x, y, part) after each
     y = x M^T (+ bias) with the matrix M of whose rows a tensor is made.
 
-    x: [..., columns]; y: [..., rows of M], as it goes on in the model; part: None, or which of a batch of products y[part]
-    is the tensor's (`own_output` picks). Tensors of one M are told one after the other. A call without a token is not
-    told.
+    x: [..., columns]; y: [..., rows of M], as it goes on in the model; part: None, or which of a batch of products
+    y[part] is the tensor's (`own_output` picks). Tensors of one M are told one after the other. A call without a token
+    is not told.
     """
 
     def __init__(

@@ -40,7 +40,8 @@ def not_multiplied(model: PreTrainedModel, tensors: list[Linked]) -> dict[str, s
             model(input_ids=tokens, use_cache=False)
     except Exception as error:  # the model's own code, which may raise anything
         raise TacqError(
-            f"torch cannot run the model ({type(error).__name__}: {(str(error).splitlines() or ['no message'])[0][:200]}); "
+            f"torch cannot run the model ({type(error).__name__}: "
+            f"{(str(error).splitlines() or ['no message'])[0][:200]}); "
             "use an architecture that transformers can run here."
         ) from error
     reasons = {}

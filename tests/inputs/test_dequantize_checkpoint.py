@@ -1,4 +1,4 @@
-"""FP8 and MXFP4 checkpoints become BF16 for both sides: the numbers are value times scale, in every layout of scales."""
+"""FP8 and MXFP4 checkpoints become BF16 for both sides: the numbers are value times scale, in each layout of scales."""
 
 from __future__ import annotations
 
