@@ -13,7 +13,9 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
+import gguf
 import sentencepiece
+import tokenizers
 import torch
 from transformers import (
     Gemma3ForCausalLM,
@@ -28,6 +30,7 @@ from transformers import (
 from tacq_export.inputs.link_tensors import LinkedExperts, LinkedTensor
 from tacq_export.inputs.load_model import LoadedModel
 from tacq_export.reporting import Reporter
+from tacq_export.runtime.source import source_tree
 
 VOCAB = 320  # 3 control tokens, 256 bytes, 61 pieces
 SENTENCES = [
@@ -95,6 +98,27 @@ def write_tokenizer(folder: Path) -> None:
         "add_eos_token": False,
         "chat_template": CHAT_TEMPLATE,
     }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def write_bpe_tokenizer(folder: Path) -> None:
+    """GPT-2's tokenizer, from the vocabulary that llama.cpp's tree has for its tests: 50,257 tokens. The converter
+    knows byte-level BPE by the tokens of a test text, so that one trained here would be refused."""
+    reader = gguf.GGUFReader(source_tree(lambda _: None) / "models" / "ggml-vocab-gpt-2.gguf")
+    tokens = reader.get_field("tokenizer.ggml.tokens").contents()
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.BPE(
+            vocab={token: i for i, token in enumerate(tokens)},
+            merges=[tuple(m.split(" ")) for m in reader.get_field("tokenizer.ggml.merges").contents()],
+        )
+    )
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": CHAT_TEMPLATE} | special
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 

@@ -102,7 +102,7 @@ def _nemotron_h(config: dict[str, Any]) -> None:
     if not config.get("hybrid_override_pattern") and isinstance(kinds, list):
         config["hybrid_override_pattern"] = "".join(_NEMOTRON_H.get(kind, "?") for kind in kinds)
     if "E" not in str(config.get("hybrid_override_pattern")):
-        for key in ("num_experts_per_tok", "n_routed_experts", "n_shared_experts"):
+        for key in ("num_experts_per_tok", "n_routed_experts", "n_shared_experts", "n_group", "topk_group"):
             config.pop(key, None)
     if isinstance(kinds, list):
         config["num_hidden_layers"] = len(kinds)

@@ -123,8 +123,8 @@ def test_a_weight_that_is_no_number_is_named(load_tiny, tmp_path, work, monkeypa
         model.model.layers[1].mlp.up_proj.weight[3, 5] = bad
     write_model_folder(tmp_path / "model", "llama", model=model)
     monkeypatch.setattr(
-        "tacq_export.inputs.make_reference._convert_to_f16",
-        lambda folder, path, _: shutil.copy(load_tiny("llama").reference_path, path),
+        "tacq_export.inputs.load_model.convert_to_f16",
+        lambda *arguments: shutil.copy(load_tiny("llama").reference_path, arguments[3]),
     )
     assert "tensor 'model.layers.1.mlp.up_proj.weight': holds NaN or Inf" in fails(tmp_path / "model", work)
 
