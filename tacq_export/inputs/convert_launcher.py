@@ -165,11 +165,11 @@ def main(tree: Path, folder: Path, outfile: Path, text_architecture: str | None 
     original, find_class = conversion.ModelBase.load_hparams, conversion.get_model_class
     conversion.ModelBase.load_hparams = staticmethod(load_hparams)
     conversion.ModelBase.no_mtp = True
-    conversion.get_model_class = get_model_class
+    vars(conversion)["get_model_class"] = get_model_class
     _cut_vocabularies(importlib.import_module("gguf").GGUFWriter)
     sys.argv = ["convert_hf_to_gguf.py", str(folder), "--outtype", "f16", "--outfile", str(outfile)]
     runpy.run_path(str(tree / "convert_hf_to_gguf.py"), run_name="__main__")
 
 
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:4]), *sys.argv[4:5])
+    main(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), *sys.argv[4:5])

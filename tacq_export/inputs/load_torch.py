@@ -48,13 +48,14 @@ def auto_class(config: PretrainedConfig) -> Any | None:
     Some wrappers are in two of its lists, once as the language model alone: that class is for a folder that says so,
     as it has no place for the wrapper's other tensors.
     """
-    name = (config.architectures or [None])[0]
-    found = []
-    for mapping, auto in (
+    name = config.architectures[0] if config.architectures else None
+    found: list[Any] = []
+    lists: tuple[tuple[Any, Any], ...] = (
         (MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM),
         (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoModelForImageTextToText),
         (MODEL_FOR_MULTIMODAL_LM_MAPPING, AutoModelForMultimodalLM),
-    ):
+    )
+    for mapping, auto in lists:
         if type(config) in mapping:
             if mapping[type(config)].__name__ == name:
                 return auto

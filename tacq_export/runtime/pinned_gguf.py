@@ -40,7 +40,7 @@ def require_pinned_gguf() -> None:
     import gguf
 
     found, wanted = Path(gguf.__file__).resolve().parent, (pinned_gguf_dir() / "gguf").resolve()
-    if found != wanted:
+    if found.parts[-4:] != wanted.parts[-4:]:  # of the same pin in whichever cache
         raise TacqError(
             f"gguf was imported from {found} and not from llama.cpp's source tree ({wanted}); "
             "run 'tacq-export runtime build' if that folder is missing, and import tacq_export before gguf."
