@@ -18,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 from ..errors import TacqError
 from ..format.gguf_file import field_value, open_gguf
 from ..reporting import Reporter
+from ..runtime.build import runtime_path
 from .check_source import Source, check_source
 from .convert import convert_to_f16
 from .link_tensors import Linked, LinkedTensor, link_tensors
@@ -81,6 +82,7 @@ def load_model(source: str | Source, workdir: Path, device: str, reporter: Repor
     target = pick_device(device)
     if isinstance(source, str):
         source = check_source(source, reporter)
+    runtime_path()  # the float GGUF is tried in it: say before the long work that it is missing
     reference_path = workdir / "reference-f16.gguf"
     model = _both_sides(source, reference_path, reporter)
     model.eval().requires_grad_(False)

@@ -14,7 +14,6 @@ from ..files import need_space
 from ..format.gguf_file import open_gguf
 from ..format.write_gguf import dequantize_gguf
 from ..reporting import Reporter
-from ..runtime.build import runtime_path
 from ..runtime.run_model import last_error
 from .check_folder import Checkpoint
 from .check_source import Source, check_source
@@ -76,9 +75,8 @@ def check_reference_loads(reference_path: Path) -> None:
     """Evaluate one token of the float GGUF with our llama.cpp, in a process of its own: it may abort instead of
     failing.
 
-    Raises TacqError with llama.cpp's reason if it does not load or run the file, and if the runtime is not built.
+    Raises TacqError with llama.cpp's reason if it does not load or run the file.
     """
-    runtime_path()
     package = Path(__file__).resolve().parents[2]
     command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(package)!r})\n{_TRY}", str(reference_path)]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace")
