@@ -9,7 +9,7 @@ number to copy (rope, windows, biases, query scales) has a function. Meanings ar
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import gguf
@@ -133,32 +133,33 @@ def config_from_gguf(reference: gguf.GGUFReader) -> PretrainedConfig:
     """
     header = Header(reference)
     config_class = CONFIG_MAPPING[model_type(header)]
-    known = config_class()
+    default = config_class()
+    known = attributes(default)
     values: dict[str, Any] = {
         "vocab_size": numpy_shape(header.tensors["token_embd.weight"])[0],
         "tie_word_embeddings": "output.weight" not in header.tensors,
         "pad_token_id": None,
     }
-    for key, attributes in ATTRIBUTES:
+    for key, names in ATTRIBUTES:
         value = header.get(key)
         if value is None:
             continue
-        for attribute in attributes:
-            if hasattr(known, attribute):
+        for attribute in names:
+            if attribute in known:
                 if isinstance(value, list):
                     value = _one_for_all(header, key, value)
                 values[attribute] = value
-    if hasattr(known, "head_dim") and header.get("attention.head_count"):
+    if "head_dim" in known and header.get("attention.head_count"):
         values["head_dim"] = header.head_dim
-    if "num_key_value_heads" not in values and hasattr(known, "num_key_value_heads"):
+    if "num_key_value_heads" not in values and "num_key_value_heads" in known:
         values["num_key_value_heads"] = header.get("attention.head_count")
     for rule in (_biases, _windows, _experts, _of_one_architecture):
-        values |= {name: value for name, value in rule(header, known) if hasattr(known, name)}
+        values |= {name: value for name, value in rule(header) if name in known}
     if header.architecture == "gemma4":
         values |= dict(_gemma4(header))
-    if getattr(known, "rope_parameters", None) is not None:
+    if known.get("rope_parameters") is not None:
         values |= rope_values(header, known)
-    renamed = getattr(config_class, "attribute_map", {})
+    renamed = default.attribute_map
     try:
         return config_class(**{renamed.get(name, name): value for name, value in values.items()})
     except Exception as error:  # its configs validate themselves, and raise errors of several libraries
@@ -166,6 +167,15 @@ def config_from_gguf(reference: gguf.GGUFReader) -> PretrainedConfig:
             f"transformers refuses the config of a GGUF of architecture '{header.architecture}' "
             f"({' '.join(str(error).split())[:200]}); give the model's Hugging Face folder instead."
         ) from error
+
+
+def attributes(config: PretrainedConfig) -> dict[str, Any]:
+    """What a config holds, under its own names and transformers' general ones.
+
+    Not by getattr: a config whose blocks differ (Gemma 4) raises there for what is a value of each block.
+    """
+    own = vars(config)
+    return own | {general: own[name] for general, name in config.attribute_map.items() if name in own}
 
 
 def _one_for_all(header: Header, key: str, value: list) -> Any:
@@ -179,10 +189,7 @@ def _one_for_all(header: Header, key: str, value: list) -> Any:
     )
 
 
-Rule = Callable[[Header, PretrainedConfig], Iterator[tuple[str, Any]]]
-
-
-def _biases(header: Header, known: PretrainedConfig) -> Iterator[tuple[str, Any]]:
+def _biases(header: Header) -> Iterator[tuple[str, Any]]:
     attention = header.has("attn_q.bias", "attn_k.bias", "attn_v.bias", "attn_qkv.bias", "attn_output.bias")
     yield "attention_bias", attention
     yield "attention_out_bias", header.has("attn_output.bias")
@@ -194,7 +201,7 @@ def _biases(header: Header, known: PretrainedConfig) -> Iterator[tuple[str, Any]
     yield "use_qk_norm", header.has("attn_q_norm.weight")
 
 
-def _windows(header: Header, known: PretrainedConfig) -> Iterator[tuple[str, Any]]:
+def _windows(header: Header) -> Iterator[tuple[str, Any]]:
     window, period = header.get("attention.sliding_window"), _WINDOW_PERIODS.get(header.architecture)
     if not window or period is None or (header.architecture == "exaone4" and header.get("block_count") != 64):
         yield "sliding_window", None
@@ -208,7 +215,7 @@ def _windows(header: Header, known: PretrainedConfig) -> Iterator[tuple[str, Any
     yield "layer_types", ["sliding_attention" if sliding else "full_attention" for sliding in pattern]
 
 
-def _experts(header: Header, known: PretrainedConfig) -> Iterator[tuple[str, Any]]:
+def _experts(header: Header) -> Iterator[tuple[str, Any]]:
     if header.architecture == "qwen3moe":
         yield "norm_topk_prob", True  # src/models/qwen3moe.cpp has no key for it
     if header.architecture == "gpt-oss" and header.get("expert_feed_forward_length"):
@@ -217,7 +224,7 @@ def _experts(header: Header, known: PretrainedConfig) -> Iterator[tuple[str, Any
         yield "norm_topk_prob", False
 
 
-def _of_one_architecture(header: Header, known: PretrainedConfig) -> Iterator[tuple[str, Any]]:
+def _of_one_architecture(header: Header) -> Iterator[tuple[str, Any]]:
     """What a GGUF says with its architecture's name or its tensors."""
     if header.architecture in ("gemma2", "gemma3"):
         wide = header.get("block_count") == _WIDE_QUERY_SCALE[header.architecture]

@@ -9,7 +9,7 @@ import gguf
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..errors import TacqError
-from .gguf_config import ATTRIBUTES, MODEL_TYPES, config_from_gguf
+from .gguf_config import ATTRIBUTES, attributes, config_from_gguf
 from .gguf_header import Header
 
 # Keys that other functions here read, or that do not decide the function.
@@ -36,16 +36,21 @@ _READ_ELSEWHERE = {
     "tensor_data_layout",
     "pooling_type",
     "attention.temperature_scale",
+    "attention.key_length_swa",
+    "attention.value_length_swa",
+    "attention.shared_kv_layers",
+    "embedding_length_per_layer_input",
+    "rope.dimension_count_swa",
 }
 
 
 def window_lengths(reference: gguf.GGUFReader, config: PretrainedConfig) -> list[int]:
     """Lengths of text at which the model's function changes: sliding windows, and the reach of unscaled rope."""
     header, lengths = Header(reference), set()
-    text_config = config.get_text_config()
+    held = attributes(config.get_text_config())
     for name in ("sliding_window", "attention_chunk_size", "original_max_position_embeddings"):
-        lengths.add(getattr(text_config, name, None))
-    rope = getattr(text_config, "rope_parameters", None) or {}
+        lengths.add(held.get(name))
+    rope = held.get("rope_parameters") or {}
     for parameters in [rope, *(value for value in rope.values() if isinstance(value, dict))]:
         if parameters.get("rope_type") == "longrope":
             lengths.add(parameters.get("original_max_position_embeddings"))
@@ -55,21 +60,20 @@ def window_lengths(reference: gguf.GGUFReader, config: PretrainedConfig) -> list
 
 def differences(reference: gguf.GGUFReader, model: PreTrainedModel) -> list[str]:
     """What the GGUF holds and the torch model does not use: phrases for a sentence, the likeliest causes first."""
-    header, config = Header(reference), model.config.get_text_config()
+    header, held = Header(reference), attributes(model.config.get_text_config())
     found = []
-    if header.architecture in MODEL_TYPES:
-        try:
-            expected = config_from_gguf(reference)
-        except TacqError:
-            expected = None
-        for name in _COMPARED if expected is not None else ():
-            if not hasattr(config, name) or not (hasattr(expected, name) or name == "sliding_window"):
-                continue
-            ours, theirs = getattr(expected, name, None), getattr(config, name)
-            if name == "rope_parameters":
-                ours, theirs = _plain_rope(ours), _plain_rope(theirs)
-            if ours != theirs and not (isinstance(ours, float) and math.isclose(ours, theirs or 0, rel_tol=1e-5)):
-                found.append(f"{name} is {_short(theirs)} in torch and {_short(ours)} in the GGUF")
+    try:
+        expected = attributes(config_from_gguf(reference))
+    except TacqError:  # of an architecture that only a folder gives
+        expected = {}
+    for name in _COMPARED:
+        if name not in held or not (name in expected or (name == "sliding_window" and expected)):
+            continue
+        ours, theirs = expected.get(name), held[name]
+        if name == "rope_parameters":
+            ours, theirs = _plain_rope(ours), _plain_rope(theirs)
+        if ours != theirs and not (isinstance(ours, float) and math.isclose(ours, theirs or 0, rel_tol=1e-5)):
+            found.append(f"{name} is {_short(theirs)} in torch and {_short(ours)} in the GGUF")
     known = {key for key, _ in ATTRIBUTES} | _READ_ELSEWHERE
     unknown = [
         key

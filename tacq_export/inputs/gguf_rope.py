@@ -8,25 +8,24 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from transformers import PretrainedConfig
-
 from .gguf_header import Header
 
 _ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 
 
-def rope_values(header: Header, known: PretrainedConfig) -> dict[str, Any]:
-    """`rope_parameters` (nested by layer type where the config's are), and the older names of a partial rotation."""
+def rope_values(header: Header, known: dict[str, Any]) -> dict[str, Any]:
+    """`rope_parameters` (nested by layer type where the config's are), and the older names of a partial rotation.
+
+    known: what a config of this kind holds.
+    """
     theta = float(header.get("rope.freq_base", 10000.0))
     rope = {"rope_theta": theta} | rope_scaling(header)
     turned = int(header.get("rope.dimension_count") or header.head_dim)
     values: dict[str, Any] = {}
     if turned != header.head_dim:
         rope["partial_rotary_factor"] = turned / header.head_dim
-        values |= {
-            name: turned / header.head_dim for name in ("partial_rotary_factor", "rotary_pct") if hasattr(known, name)
-        }
-    if "full_attention" in known.rope_parameters:
+        values |= {name: turned / header.head_dim for name in ("partial_rotary_factor", "rotary_pct") if name in known}
+    if "full_attention" in known["rope_parameters"]:
         swa = {"rope_type": "default", "rope_theta": float(header.get("rope.freq_base_swa", 10000.0))}
         if header.architecture == "gemma4":
             # Pairs that do not turn have an endless factor (conversion/gemma.py): transformers' "proportional".
@@ -39,7 +38,7 @@ def rope_values(header: Header, known: PretrainedConfig) -> dict[str, Any]:
     if header.architecture == "mistral3":
         rope["llama_4_scaling_beta"] = float(header.get("attention.temperature_scale", 0.0))
         rope.setdefault("original_max_position_embeddings", header.get("rope.scaling.original_context_length", 1))
-    if hasattr(known, "original_max_position_embeddings") and "original_max_position_embeddings" in rope:
+    if "original_max_position_embeddings" in known and "original_max_position_embeddings" in rope:
         values["original_max_position_embeddings"] = rope["original_max_position_embeddings"]
     return values | {"rope_parameters": rope}
 

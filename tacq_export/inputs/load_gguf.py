@@ -155,6 +155,8 @@ def _undone(name: str, header: Header) -> np.ndarray:
     values = tensor_values(header.tensors[name])
     if header.architecture in _SHIFTED_NORMS and name.endswith("norm.weight"):
         return values - 1
+    if name.endswith(".ssm_a") and header.architecture == "mamba":
+        return np.log(-values)  # stored as -exp(A_log)
     if header.architecture in _REORDERED and re.search(r"\.attn_[qk]\.(weight|bias)$", name):
         heads = header.get("attention.head_count")
         if ".attn_k." in name:
