@@ -232,6 +232,9 @@ def _of_one_architecture(header: Header) -> Iterator[tuple[str, Any]]:
             "query_pre_attn_scalar",
             header.get("embedding_length") // header.get("attention.head_count") if wide else header.head_dim,
         )
+    if header.architecture in ("gemma2", "gemma4"):  # src/llama-hparams.h has these where a file has none
+        yield "final_logit_softcapping", header.get("final_logit_softcapping", 30.0)
+        yield "attn_logit_softcapping", header.get("attn_logit_softcapping", 50.0)
     if header.architecture == "stablelm":
         yield "use_parallel_residual", not header.has("ffn_norm.weight")
     if header.architecture == "minicpm":

@@ -153,6 +153,15 @@ def test_googles_27b_has_another_query_scale(tmp_path, architecture, wide):
     assert config_of(tmp_path, architecture, keys | {"block_count": wide}).query_pre_attn_scalar == 16
 
 
+def test_a_softcap_that_the_file_does_not_name_is_llama_cpps(tmp_path):
+    """src/llama-hparams.h: 30 for the logits, 50 for attention; Gemma 3 alone sets it to none."""
+    keys = {"attention.key_length": 32, "attention.sliding_window": 64}
+    config = config_of(tmp_path, "gemma2", keys)
+    assert (config.final_logit_softcapping, config.attn_logit_softcapping) == (30.0, 50.0)
+    assert config_of(tmp_path, "gemma2", keys | {"final_logit_softcapping": 20.0}).final_logit_softcapping == 20.0
+    assert config_of(tmp_path, "gemma3", keys).final_logit_softcapping is None
+
+
 def test_a_window_that_llama_cpp_does_not_apply_is_none(tmp_path):
     assert config_of(tmp_path, "phi3", {"attention.sliding_window": 64}).sliding_window is None
     config = config_of(tmp_path, "gpt-oss", {"attention.sliding_window": 64, "block_count": 3,
