@@ -85,7 +85,7 @@ def collect_inputs(
 
 @torch.no_grad()
 def group_by_input(
-    model: PreTrainedModel, tensors: Sequence[Linked], text: Sequence[int]
+    model: PreTrainedModel, tensors: list[Linked], text: Sequence[int]
 ) -> tuple[list[list[LinkedTensor]], list[list[LinkedExperts]]]:
     """`tensors` in groups that get the very same input (q, k and v; gate and up), in the order in which the model runs
     them: those that are one matrix, and those of experts."""

@@ -57,14 +57,16 @@ def saliency(
         return torch.rand(weight.shape, generator=generator).to(weight.device)
     if score == "magnitude":
         return weight.abs()
+    assert statistic is not None  # all others are made of one
     if score == "gradient":
         return statistic
     if score == "obs":
         return statistic * weight.square()
-    if score == "fisher":
-        return statistic * error.square()
     if score == "tacq-no-error":
         return statistic * weight.abs()
+    assert error is not None
+    if score == "fisher":
+        return statistic * error.square()
     if score == "tacq-no-magnitude":
         return statistic * error.abs()
     return statistic * error.abs() * weight.abs()

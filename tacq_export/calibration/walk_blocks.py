@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+from transformers import PreTrainedModel
 
 from ..inputs.link_tensors import Linked, LinkedTensor
 from ..inputs.load_model import LoadedModel
@@ -30,7 +31,7 @@ def blocks_of(loaded: LoadedModel) -> list[tuple[torch.nn.Module, list[Linked]]]
         if (name := block_name(tensor)) is not None:
             found.setdefault(name, []).append(tensor)
     lists = {name.rsplit(".", 1)[0] for name in found}
-    names = [f"{of_list}.{i}" for of_list in lists for i in range(len(loaded.model.get_submodule(of_list)))]
+    names = [f"{of_list}.{i}" for of_list in lists for i, _ in loaded.model.get_submodule(of_list).named_children()]
     names.sort(key=lambda name: int(name.rsplit(".", 1)[1]))
     return [(loaded.model.get_submodule(name), found.get(name, [])) for name in names]
 
@@ -146,7 +147,7 @@ class BlockWalk:
 
 
 @torch.no_grad()
-def _returns_tuple(model: torch.nn.Module, block: torch.nn.Module, text: Sequence[int]) -> bool:
+def _returns_tuple(model: PreTrainedModel, block: torch.nn.Module, text: Sequence[int]) -> bool:
     """Whether the block puts its hidden states into a tuple, as some versions of transformers do."""
     found: list[bool] = []
 

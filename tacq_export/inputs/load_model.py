@@ -74,8 +74,8 @@ def load_model(source: str | Source, workdir: Path, device: str, reporter: Repor
 
     source: MODEL, or what `check_source` made of it.
     Raises TacqError for a source that is none of these, an architecture that transformers or llama.cpp do not know, a
-    checkpoint with missing tensors or others (`check_loaded`), a float GGUF that llama.cpp does not run, a tensor that
-    is no torch parameter, has NaN, or has a width that is not a multiple of 64.
+    checkpoint with missing tensors or others (`check_loaded`), a float GGUF that llama.cpp does not run, an embedding
+    that is no torch parameter, NaN, or a model without a matrix that can be quantized.
     """
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

@@ -17,7 +17,7 @@ def multiply_one_by_one(model: PreTrainedModel) -> None:
     be seen, and none of the functions that replace it."""
     for module in model.modules():
         config = getattr(module, "config", None)
-        if getattr(config, "_experts_implementation", None) is not None:
+        if config is not None and getattr(config, "_experts_implementation", None) is not None:
             config._experts_implementation = "eager"
 
 
@@ -33,16 +33,17 @@ def not_multiplied(model: PreTrainedModel, tensors: list[Linked]) -> dict[str, s
         calls[tensor.name] = calls.get(tensor.name, 0) + 1
 
     parts = [m for t in tensors for m in matrices_of(t)]
-    n = min(PROBE_TOKENS, model.get_input_embeddings().weight.shape[0])
-    tokens = torch.arange(n, device=model.device)[None]
+    embedding = model.get_input_embeddings().weight
+    assert isinstance(embedding, torch.Tensor)
+    tokens = torch.arange(min(PROBE_TOKENS, len(embedding)), device=model.device)[None]
     try:
         with MatrixCalls(parts, entering):
             model(input_ids=tokens, use_cache=False)
     except Exception as error:  # the model's own code, which may raise anything
+        said = (str(error).splitlines() or ["no message"])[0][:200]
         raise TacqError(
-            f"torch cannot run the model ({type(error).__name__}: "
-            f"{(str(error).splitlines() or ['no message'])[0][:200]}); "
-            "use an architecture that transformers can run here."
+            f"torch cannot run the model ({type(error).__name__}: {said}); use an architecture that transformers can "
+            "run here."
         ) from error
     reasons = {}
     for tensor in tensors:

@@ -4,6 +4,7 @@ bytes."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -134,7 +135,7 @@ def plan_types(
             config.score,
             tensor,
             calibration.statistic(config.score),
-            lambda t, bits=kind.bits: reference_error(t, bits),
+            partial(_error_at, reference_error, kind.bits),
             config.seed,
         )
         kept = global_top({tensor.name: score}, min(room, tensor.n_weights))[tensor.name]
@@ -145,24 +146,32 @@ def plan_types(
     }
 
 
+def _error_at(reference_error: ReferenceError, bits: int, tensor: LinkedTensor) -> torch.Tensor:
+    return reference_error(tensor, bits)
+
+
 def _n_to_keep(
     scores: dict[str, torch.Tensor], loaded: LoadedModel, fixed: dict[str, str], config: ExportConfig
 ) -> int:
     """Size of the global top: a share of the weights, or as many as the limit's bits hold beside the matrices of fixed
     types."""
-    if config.bpw_limit is None:
+    limit = config.bpw_limit
+    if limit is None:
+        assert config.ratio is not None
         return round(config.ratio * sum(s.numel() for s in scores.values()))
-    shapes = {name: tuple(s.shape) for name, s in scores.items()}
+    shapes = {name: (s.shape[0], s.shape[1]) for name, s in scores.items()}
     n_free = sum(s.numel() for s in scores.values())
-    spent = _bytes_of_fixed(loaded, fixed)
-    if n_free < loaded.n_linear:
-        least = 8 * (spent + config.base.nbytes(n_free)) / loaded.n_linear
-        if least > config.bpw_limit:
+    counted = [t for t in loaded.linear if config.target_bpw is not None or not t.stock]
+    n_counted = sum(t.n_weights for t in counted)
+    spent = sum(type_bytes(t.shape, fixed[t.name]) for t in counted if t.name in fixed)
+    if n_free < n_counted:
+        least = 8 * (spent + config.base.nbytes(n_free)) / n_counted
+        if least > limit:
             raise TacqError(
-                f"--target-bpw {config.bpw_limit:g} cannot be met: with the types of --tensor-type and "
-                f"{config.base.name} it is {least:.3f} bits per weight; raise it."
+                f"--target-bpw {limit:g} cannot be met: with the types of --tensor-type and {config.base.name} it is "
+                f"{least:.3f} bits per weight; raise it."
             )
-    return keep_for_target(scores, shapes, config.base, (config.bpw_limit * loaded.n_linear - 8 * spent) / n_free)
+    return keep_for_target(scores, shapes, config.base, (limit * n_counted - 8 * spent) / n_free)
 
 
 def allocate_types(
@@ -186,12 +195,10 @@ def allocate_types(
     options: dict[str, list[Option]] = {t.name: options_for(t, losses[t.name], shares.get(t.name, {})) for t in linear}
     if config.target_size is None:
         assert config.bpw_limit is not None
-        spent = _bytes_of_fixed(loaded, fixed)
-        budget = int(config.bpw_limit * loaded.n_linear / 8)
-        if config.target_bpw is None:  # the default is one for our types
-            stock = [t for t in loaded.linear if t.stock]
-            budget += sum(type_bytes(t.shape, fixed[t.name]) for t in stock)
-            budget -= int(config.bpw_limit * sum(t.n_weights for t in stock) / 8)
+        # The default is one for our types: what they cannot hold comes on top of it.
+        counted = [t for t in loaded.linear if config.target_bpw is not None or not t.stock]
+        spent = sum(type_bytes(t.shape, fixed[t.name]) for t in counted if t.name in fixed)
+        budget = int(config.bpw_limit * sum(t.n_weights for t in counted) / 8)
         flag = f"--target-bpw {config.bpw_limit:g}"
 
         def unit(n: int) -> str:
@@ -249,11 +256,6 @@ def predicted_loss(
                 o.loss for o in options_for(tensor, losses[tensor.name], shares.get(tensor.name, {})) if o.type == kind
             )
     return total
-
-
-def _bytes_of_fixed(loaded: LoadedModel, fixed: dict[str, str]) -> int:
-    """Bytes of the blocks' matrices whose type is decided already."""
-    return sum(type_bytes(t.shape, fixed[t.name]) for t in loaded.linear if t.name in fixed)
 
 
 def _bytes_of_the_rest(loaded: LoadedModel, options: dict[str, list[Option]], fixed: dict[str, str]) -> int:

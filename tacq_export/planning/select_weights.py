@@ -56,7 +56,7 @@ def global_top(scores: dict[str, torch.Tensor], n_keep: int) -> dict[str, torch.
     at_least = upper.flip(0).cumsum(0).flip(0)  # [h]: saliencies whose upper half is h or more
     high = int((at_least >= n_keep).nonzero().max())
     above = int(at_least[high + 1]) if high + 1 < len(at_least) else 0
-    lower = sum(count_lower_halves(score, high) for score in scores.values())
+    lower = torch.stack([count_lower_halves(score, high) for score in scores.values()]).sum(0)
     at_least = lower.flip(0).cumsum(0).flip(0) + above
     low = int((at_least >= n_keep).nonzero().max())
     border = (high << 16) | low

@@ -67,8 +67,9 @@ def quantize_gptq(
     """
     rows, columns = weights.shape
     n_groups = columns // GROUP_SIZE
-    if upper is None and feed_forward:
-        upper = inverse_hessian_cholesky(hessian, damping, name)
+    factor = torch.empty(0)
+    if feed_forward:
+        factor = inverse_hessian_cholesky(hessian, damping, name) if upper is None else upper
     weights = weights.cpu()
     h = damped_hessian(hessian, damping).float().cpu() if damping else hessian
     descend = PanelDescent(bits, rows)
@@ -97,14 +98,14 @@ def quantize_gptq(
             own, later, at = columns_of(g), columns_of(g + 1, block[-1]), columns_of(g - block[0])
             matrix = h[own, own]
             if feed_forward:
-                inverse = torch.linalg.inv(upper[own, own].cpu().double())
+                inverse = torch.linalg.inv(factor[own, own].cpu().double())
                 matrix = inverse @ inverse.t()
             change = panel(g, matrix, torch.zeros(rows, GROUP_SIZE), target[:, own].contiguous(), fresh=True)
             if feed_forward:
                 passed_on[:, at] = change @ inverse.float()
-                target[:, later] += passed_on[:, at] @ upper[own, later].cpu()
+                target[:, later] += passed_on[:, at] @ factor[own, later].cpu()
         if feed_forward:
-            target[:, later.stop :] += passed_on @ upper[columns_of(block[0], block[-1]), later.stop :].cpu()
+            target[:, later.stop :] += passed_on @ factor[columns_of(block[0], block[-1]), later.stop :].cpu()
     for _ in range(sweeps):
         dh = (values - weights) @ h  # exact again at the start of each sweep
         for block in blocks:

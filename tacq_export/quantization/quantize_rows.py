@@ -35,6 +35,6 @@ def quantize_rows(
     return GptqResult(
         codes=torch.cat([p.codes for p in parts]),
         scale_bytes=torch.cat([p.scale_bytes for p in parts]),
-        kept_values=None if mask is None else torch.cat([p.kept_values for p in parts]),
+        kept_values=None if mask is None else torch.cat([p.kept_values for p in parts if p.kept_values is not None]),
         error=sum(p.error * e for p, e in zip(parts, energy, strict=True)) / max(sum(energy), 1e-30),
     )

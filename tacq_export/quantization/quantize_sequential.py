@@ -119,7 +119,7 @@ def quantize_in_order(
         inside = {t.name for t in tensors}
         of_block = [(k, group, [t for t in group if wanted(t)]) for k, group in groups if group[0].name in inside]
         of_experts = [g for g in calibration.expert_groups if g[0].name in inside]
-        experts = [chosen for g in of_experts if (chosen := [t for t in g if wanted(t)])]
+        experts = [some for g in of_experts if (some := [t for t in g if wanted(t)])]
         walk.enter([c[0] for _, _, c in of_block if c] + [m for c in experts for m in c[0].matrices])
         for k, group, chosen in of_block:
             if chosen:
@@ -133,13 +133,12 @@ def quantize_in_order(
                 reporter.progress(done, total, "quantizing")
             for tensor in group:
                 put_quantized(tensor, quantized)
-        for chosen in experts:
-            visit_experts(chosen, walk)
-            done += len(chosen)
+        for same_input in experts:
+            visit_experts(same_input, walk)
+            done += len(same_input)
             reporter.progress(done, total, "quantizing")
-        for group in of_experts:
-            for tensor in group:
-                put_quantized(tensor, quantized)
+        for expert_tensor in (t for g in of_experts for t in g):
+            put_quantized(expert_tensor, quantized)
         walk.leave()
 
 

@@ -24,7 +24,7 @@ def quantized_error(bits: int, weight: torch.Tensor, damped: torch.Tensor, kept:
     """
     result = quantize_gptq(bits, weight, damped, kept, 0.0, sweeps=SAMPLE_SWEEPS, feed_forward=False)
     error = weight - dequantize_groups(bits, result.codes, result.scale_bytes)
-    return error if kept is None else error - result.kept_values
+    return error if result.kept_values is None else error - result.kept_values
 
 
 TRIAL = TrialErrors(rounded=rounded_error, quantized=quantized_error)

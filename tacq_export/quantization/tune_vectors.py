@@ -186,6 +186,7 @@ class VectorTuner:
             total += float(kl.detach())
             if share is not None:
                 (share * kl).backward()
+                assert piece.grad is not None
                 gradient[at] = piece.grad
         if share is not None:
             own.backward(gradient)
