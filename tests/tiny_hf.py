@@ -22,6 +22,8 @@ from transformers import (
     Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -61,6 +63,10 @@ ARCHITECTURES = {
     "gemma3": lambda: Gemma3ForCausalLM(
         Gemma3TextConfig(**_SIZES, head_dim=16, query_pre_attn_scalar=16, sliding_window=64)
     ),
+}
+# Mixtures of experts: 8 matrices in one parameter of three dimensions, two for each token.
+EXPERTS = {
+    "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**_SIZES, num_local_experts=8, tie_word_embeddings=False)),
 }
 TEXTS = [[1, 5, 9, 20, 33, 270, 4], [1, 300, 12, 5, 5, 91], [1, 44]]  # of different lengths
 CHAT_TEMPLATE = "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}\n{% endfor %}"
@@ -126,10 +132,10 @@ def tiny_model(architecture: str, seed: int = 0) -> PreTrainedModel:
     """A model whose weights are all different and some of whose rows stand out, so that no order of rows is like
     another."""
     torch.manual_seed(seed)
-    model = ARCHITECTURES[architecture]().eval()
+    model = (ARCHITECTURES | EXPERTS)[architecture]().eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.dim() == 2:
+            if parameter.dim() >= 2:
                 parameter.normal_(0, 0.08)
     return model
 
