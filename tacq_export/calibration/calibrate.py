@@ -41,7 +41,7 @@ from .gradients import EMBEDDING_OUTPUT, accumulate_gradients
 from .hessian import damped_hessian, inverse_diagonal, token_weights
 from .predict_loss import SAMPLE_DAMPING, Losses, TrialErrors, kept_shares, predict_losses
 from .score_weights import NEEDS_STATISTIC, gradient_power
-from .walk_blocks import BlockWalk, blocks_of
+from .walk_blocks import blocks_of, walk_through
 
 __all__ = ["EMBEDDING_OUTPUT", "Calibration", "calibrate"]
 
@@ -245,7 +245,7 @@ def measure_groups(
     """Hessian, inverse diagonal and predicted losses of the `missing` groups, and what is kept of those `of_experts`,
     block by block; the head comes last. Yields each when it is on disk."""
     groups, blocks = calibration.groups, blocks_of(loaded)
-    walk = BlockWalk(loaded, [block for block, _ in blocks], texts, bf16)
+    walk = walk_through(loaded, texts, bf16)
     left = set(missing)
     for _, tensors in blocks:
         inside = {t.name for t in tensors}

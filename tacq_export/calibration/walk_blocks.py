@@ -36,6 +36,42 @@ def blocks_of(loaded: LoadedModel) -> list[tuple[torch.nn.Module, list[Linked]]]
     return [(loaded.model.get_submodule(name), found.get(name, [])) for name in names]
 
 
+def walkable(loaded: LoadedModel, text: Sequence[int]) -> bool:
+    """Whether the blocks, run one after the other with what each was called with, put out what they do in the model.
+
+    They do not where one gets more from another than hidden states, or the model does something between them.
+    """
+    blocks = [block for block, _ in blocks_of(loaded)]
+    if not blocks:
+        return False
+    found: list[torch.Tensor] = []
+
+    def hook(module: torch.nn.Module, args: tuple, output) -> None:
+        found.append(output[0] if isinstance(output, tuple) else output)
+
+    handle = blocks[-1].register_forward_hook(hook)
+    try:
+        with torch.no_grad():
+            loaded.model(input_ids=torch.tensor([list(text[:16])], device=loaded.model.device), use_cache=False)
+    finally:
+        handle.remove()
+    try:
+        walk = BlockWalk(loaded, blocks, [text[:16]], False)
+        for _ in blocks:
+            walk.enter([])
+            walk.leave()
+        walked = walk.states[0]
+    except Exception:  # the model's own code, called as it does not expect to be
+        return False
+    return len(found) == 1 and walked.shape == found[0].shape and torch.allclose(walked, found[0], 1e-4, 1e-5)
+
+
+def walk_through(loaded: LoadedModel, texts: Sequence[Sequence[int]], bf16: bool) -> BlockWalk:
+    """A walk through all blocks of the model as it is, by whole passes where it has to be."""
+    blocks = [block for block, _ in blocks_of(loaded)]
+    return (BlockWalk if walkable(loaded, texts[0]) else WholePasses)(loaded, blocks, texts, bf16)
+
+
 class BlockWalk:
     """Runs the texts through a model block by block.
 
@@ -124,6 +160,11 @@ class BlockWalk:
         """Of each text, float32 [tokens, columns]."""
         return self._inputs[tensor.name]
 
+    @property
+    def states(self) -> list[torch.Tensor]:
+        """Of each text, the hidden states that enter the next block."""
+        return self._states
+
     def leave(self) -> None:
         """Go on behind the block."""
         self._states, self._ahead, self._inputs = self._ahead, [], {}
@@ -143,6 +184,29 @@ class BlockWalk:
             return (hidden,) if self._wraps else hidden
 
         with self._instead(forward), self._precision():
+            yield
+
+
+class WholePasses(BlockWalk):
+    """The same of a model whose blocks cannot be run one by one: each `enter` runs all of it."""
+
+    def __init__(
+        self, loaded: LoadedModel, blocks: Sequence[torch.nn.Module], texts: Sequence[Sequence[int]], bf16: bool
+    ):
+        self._model, self._blocks, self._bf16, self._texts = loaded.model, blocks, bf16, texts
+        self._states = [torch.empty(0)] * len(texts)
+        self._inputs, self._at = {}, 0
+
+    @torch.no_grad()
+    def _run(self, states: torch.Tensor, text: int) -> torch.Tensor:
+        with self._precision():
+            self._model(input_ids=torch.tensor([list(self._texts[text])], device=self._model.device), use_cache=False)
+        return states
+
+    @contextmanager
+    def passed(self) -> Iterator[None]:
+        """The whole model, in the walk's precision."""
+        with self._precision():
             yield
 
 

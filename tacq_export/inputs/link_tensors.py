@@ -73,8 +73,20 @@ def link_tensors(
         elif (found := _link(tensor, modules.get(tensor.name), torch_matrices, what)) is not None:
             linked.append(found)
         else:
-            copied.setdefault("torch holds other numbers", []).append(tensor)
-    reasons = not_multiplied(model, linked) if linked else {}
+            copied.setdefault("torch has no matrix of these numbers", []).append(tensor)
+    reasons = not_multiplied(model, linked)
+    # What looks like a matrix for each expert may be one matrix for all heads (MLA's values).
+    again = [
+        one
+        for t in candidates
+        if t.name in reasons and len(t.shape) == 3
+        for one in [_link_flat(t, modules.get(t.name), torch_matrices, t.name)]
+        if one is not None
+    ]
+    of_flat = not_multiplied(model, again)
+    flat = {t.name: t for t in again if t.name not in of_flat}
+    linked = [flat.get(t.name, t) for t in linked]
+    reasons = {name: why for name, why in reasons.items() if name not in flat}
     for tensor in candidates:
         if tensor.name in reasons:
             copied.setdefault(reasons[tensor.name], []).append(tensor)
@@ -141,15 +153,23 @@ def _link(
     tensor: gguf.gguf_reader.ReaderTensor, module_name: str | None, torch_matrices: TorchMatrices, what: str
 ) -> Linked | None:
     """One matrix, rows of one, or a matrix for each expert; None if torch does not have these numbers."""
-    stored, shape = as_stored(tensor_values(tensor), what), numpy_shape(tensor)
-    flat = stored.reshape(-1, shape[-1])
+    shape = numpy_shape(tensor)
     if len(shape) == 3:
+        stored = as_stored(tensor_values(tensor), what)
         sources = list(torch_matrices.sources(tensor.name, module_name, shape[0]))
         if (matches := match_experts(list(stored), sources)) is not None and _are_apart(matches):
             return LinkedExperts(
                 tensor.name, tuple(_linked(f"{tensor.name}[{e}]", m, True) for e, m in enumerate(matches))
             )
-    match = match_matrix(flat, torch_matrices.sources(tensor.name, module_name))
+    return _link_flat(tensor, module_name, torch_matrices, what)
+
+
+def _link_flat(
+    tensor: gguf.gguf_reader.ReaderTensor, module_name: str | None, torch_matrices: TorchMatrices, what: str
+) -> LinkedTensor | None:
+    """One matrix, be it of three dimensions in the GGUF."""
+    stored = as_stored(tensor_values(tensor), what)
+    match = match_matrix(stored.reshape(-1, stored.shape[-1]), torch_matrices.sources(tensor.name, module_name))
     return None if match is None else _linked(tensor.name, match)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from transformers import PreTrainedModel
 
@@ -22,7 +24,7 @@ def multiply_one_by_one(model: PreTrainedModel) -> None:
 
 
 @torch.no_grad()
-def not_multiplied(model: PreTrainedModel, tensors: list[Linked]) -> dict[str, str]:
+def not_multiplied(model: PreTrainedModel, tensors: Sequence[Linked]) -> dict[str, str]:
     """{name: why} of those that a pass over a few tokens does not call as y = x M^T (+ bias), once.
 
     Of experts at least one must be called so, and none twice. Raises TacqError if torch cannot run the model.
@@ -33,6 +35,8 @@ def not_multiplied(model: PreTrainedModel, tensors: list[Linked]) -> dict[str, s
         calls[tensor.name] = calls.get(tensor.name, 0) + 1
 
     parts = [m for t in tensors for m in matrices_of(t)]
+    if not parts:
+        return {}
     embedding = model.get_input_embeddings().weight
     assert isinstance(embedding, torch.Tensor)
     tokens = torch.arange(min(PROBE_TOKENS, len(embedding)), device=model.device)[None]

@@ -15,7 +15,7 @@ from ..calibration.calibrate import Calibration
 from ..calibration.collect_inputs import second_moment
 from ..calibration.expert_statistics import expert_weights, is_reached
 from ..calibration.hessian import effective_number, inverse_hessian_cholesky, shrink
-from ..calibration.walk_blocks import BlockWalk, blocks_of
+from ..calibration.walk_blocks import BlockWalk, blocks_of, walk_through
 from ..config import ExportConfig
 from ..inputs.link_tensors import Linked, LinkedExperts
 from ..inputs.load_model import LoadedModel
@@ -105,9 +105,8 @@ def quantize_experts_by_block(
     groups = [chosen for g in calibration.expert_groups if (chosen := [t for t in g if wanted(t)])]
     if not groups:
         return
-    blocks = blocks_of(loaded)
-    walk = BlockWalk(loaded, [block for block, _ in blocks], texts, config.precision == "bf16")
-    for _, tensors in blocks:
+    walk = walk_through(loaded, texts, config.precision == "bf16")
+    for _, tensors in blocks_of(loaded):
         inside = {t.name for t in tensors}
         of_block = [chosen for chosen in groups if chosen[0].name in inside]
         walk.enter([m for chosen in of_block for m in chosen[0].matrices])

@@ -13,7 +13,7 @@ import torch
 
 from ..calibration.calibrate import Calibration
 from ..calibration.hessian import effective_number, inverse_hessian_cholesky, shrink
-from ..calibration.walk_blocks import BlockWalk
+from ..calibration.walk_blocks import BlockWalk, walkable
 from ..config import ExportConfig
 from ..format.pack_tensor import QuantizedTensor, dequantize_tensor, pack_tensor
 from ..format.sparse_section import KeptWeights
@@ -141,7 +141,10 @@ def quantize_matrices(
         for tensor, result in quantize_experts(tensors, calibration, walk, bits, masks, config, reporter):
             finish(tensor, result, masks[tensor.name], (time.monotonic() - started) / len(tensors))
 
-    if config.hessian_inputs == "quantized" and any(wanted(t) for t in loaded.linear):
+    in_order = config.hessian_inputs == "quantized" and any(wanted(t) for t in loaded.linear)
+    if in_order and not walkable(loaded, texts[0]):
+        reporter.say("The blocks of this model cannot be run one by one: --hessian-inputs float is taken.")
+    elif in_order:
         quantize_in_order(
             loaded,
             calibration,

@@ -16,15 +16,18 @@ to another expert, for which it has neither a float input nor a gradient. Matric
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import copy
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from ..calibration.calibrate import Calibration
 from ..calibration.collect_inputs import Done, add_products, add_to_lower, input_rows, mirror, weighted_rows
 from ..calibration.hessian import effective_number, inverse_hessian_cholesky, shrink
-from ..calibration.walk_blocks import BlockWalk, blocks_of
+from ..calibration.walk_blocks import Arguments, BlockWalk, blocks_of
 from ..config import ExportConfig
 from ..inputs.link_tensors import Linked, LinkedExperts, LinkedTensor, matrices_of
 from ..inputs.load_model import LoadedModel
@@ -57,6 +60,7 @@ class QuantizedWalk(BlockWalk):
     ):
         super().__init__(loaded, blocks, texts, bf16)
         self._quantized = list(self._states)  # hidden states of each text, where the blocks before are quantized
+        self._float_arguments, self._own_arguments = self._arguments, [_apart(a) for a in self._arguments]
 
     def see(self, tensors: Sequence[LinkedTensor], weights: torch.Tensor | None) -> Seen:
         """What matrices with the same input see; the first one was named to `enter`. weights: float32 [tokens
@@ -77,7 +81,7 @@ class QuantizedWalk(BlockWalk):
             add_products(cross, moved, weighted)
             raise Done
 
-        with MatrixCalls(tensors[:1], entering):
+        with MatrixCalls(tensors[:1], entering), self._as_quantized():
             for text, states in enumerate(self._quantized):
                 try:
                     self._run(states, text)
@@ -89,8 +93,31 @@ class QuantizedWalk(BlockWalk):
 
     def leave(self) -> None:
         """Run the block with its new weights, and go on to the next one."""
-        self._quantized = [self._run(states, i) for i, states in enumerate(self._quantized)]
+        with self._as_quantized():
+            self._quantized = [self._run(states, i) for i, states in enumerate(self._quantized)]
         super().leave()
+
+    @contextmanager
+    def _as_quantized(self) -> Iterator[None]:
+        """Blocks are called with the quantized model's own arguments, for as long as the `with` lasts."""
+        self._arguments = self._own_arguments
+        try:
+            yield
+        finally:
+            self._arguments = self._float_arguments
+
+
+def _apart(arguments: list[Arguments]) -> list[Arguments]:
+    """Of one text, what each block is called with, but for another mapping in place of one through which blocks pass
+    on what they computed (keys and values that later ones use again): two models cannot share it."""
+    own: dict[int, MutableMapping] = {}
+
+    def apart(value: Any) -> Any:
+        return own.setdefault(id(value), copy.copy(value)) if isinstance(value, MutableMapping) else value
+
+    return [
+        (tuple(map(apart, args)), {key: apart(value) for key, value in kwargs.items()}) for args, kwargs in arguments
+    ]
 
 
 def quantize_in_order(
