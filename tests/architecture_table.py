@@ -71,6 +71,7 @@ MHA = {"num_key_value_heads": 4}
 FOUR = {"num_hidden_layers": 4}
 YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 32, "rope_theta": 10000.0}
 YARN |= {"beta_fast": 32.0, "beta_slow": 1.0}
+GPT_OSS = YARN | {"rope_theta": 150000.0, "factor": 32.0, "original_max_position_embeddings": 4096, "truncate": False}
 MINISTRAL = {"llama_4_scaling_beta": 0.1, "mscale": 1.0, "mscale_all_dim": 1.0}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3 |= {"original_max_position_embeddings": 64, "rope_theta": 10000.0}
@@ -80,6 +81,8 @@ LONGROPE |= {"long_factor": [1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0]}
 MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
 
 # Experts, under the names that their configs have for them.
+# Qwen3's hub folders normalize the chosen experts' weights, and llama.cpp always does.
+QWEN3_EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True}
 EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 ROUTED = {"n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 LOCAL = {"num_local_experts": 4, "num_experts_per_tok": 2}
@@ -116,9 +119,10 @@ JAMBA = FOUR | {"num_experts": 4, "attn_layer_period": 4, "attn_layer_offset": 2
 GRANITE = {"embedding_multiplier": 4.0, "logits_scaling": 2.0, "residual_multiplier": 0.5, "attention_multiplier": 0.2}
 HYBRID = {"layer_types": ["mamba", "attention", "mamba"], "num_hidden_layers": 3}
 GEMMA3 = HEAD | WINDOW | {"num_hidden_layers": 6, "query_pre_attn_scalar": 16}
-GEMMA3N = HEAD | WINDOW | {"num_hidden_layers": 6, "num_kv_shared_layers": 2, "intermediate_size": [128] * 6}
-GEMMA3N |= {"activation_sparsity_pattern": [0.9] * 3 + [0.0] * 3, "laurel_rank": 16}
-GEMMA3N |= {"layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2}
+# llama.cpp has its 20 layers before the shared ones, its 10 sparse ones and its widths as constants.
+GEMMA3N = HEAD | WINDOW | {"num_hidden_layers": 22, "num_kv_shared_layers": 2, "intermediate_size": [128] * 22}
+GEMMA3N |= {"activation_sparsity_pattern": [0.95] * 10 + [0.0] * 12, "laurel_rank": 64}
+GEMMA3N |= {"layer_types": [("full" if i % 5 == 4 else "sliding") + "_attention" for i in range(22)]}
 PER_LAYER = {"hidden_size_per_layer_input": 32, "vocab_size_per_layer_input": VOCAB}
 GEMMA4 = HEAD | WINDOW | PER_LAYER | {"num_hidden_layers": 6, "global_head_dim": 32}
 
@@ -143,27 +147,27 @@ ARCHITECTURES: dict[str, Architecture] = dict(
         text("BitNetForCausalLM", tie_word_embeddings=True),
         text("GraniteForCausalLM", "gpt2", **GRANITE),
         text("HunYuanDenseV1ForCausalLM", "gpt2", **HEAD),
-        text("MiniCPM3ForCausalLM", **MLA | {"v_head_dim": 16}, scale_emb=4, scale_depth=1.4, dim_model_base=32),
+        text("MiniCPM3ForCausalLM", **MLA | {"v_head_dim": 16}, scale_emb=12, scale_depth=1.4, dim_model_base=256),
         text("NemotronForCausalLM", **HEAD),
         text("StableLmForCausalLM", "gpt2", hub={"partial_rotary_factor": 0.25}, use_qkv_bias=True),
-        text("Exaone4ForCausalLM", "gpt2", **WINDOW, **FOUR),
+        text("Exaone4ForCausalLM", "gpt2", **FOUR, sliding_window=None),  # llama.cpp has windows at 64 layers alone
         text("Jais2ForCausalLM", "gpt2", **HEAD, **MHA),
         # Qwen; transformers splits the words of its byte-level BPE its own way, so the dense one is given sentencepiece
         text("Qwen2ForCausalLM"),
         text("Qwen3ForCausalLM", "gpt2", **HEAD),
         text("Qwen2MoeForCausalLM", "gpt2", **EXPERTS, **SHARED),
-        text("Qwen3MoeForCausalLM", "gpt2", **EXPERTS, **HEAD),
+        text("Qwen3MoeForCausalLM", "gpt2", **QWEN3_EXPERTS, **HEAD),
         text("Qwen3NextForCausalLM", "gpt2", **LINEAR, **EXPERTS, **SHARED),
         text("Qwen3_5ForCausalLM", "gpt2", **LINEAR, modern=True),
-        text("Qwen3_5MoeForCausalLM", "gpt2", **LINEAR, **EXPERTS, **SHARED, modern=True),
+        text("Qwen3_5MoeForCausalLM", **LINEAR, **EXPERTS, **SHARED, modern=True),
         # Gemma
         text("GemmaForCausalLM", **HEAD, num_key_value_heads=1),
         text("Gemma2ForCausalLM", **HEAD, **WINDOW, query_pre_attn_scalar=16),
         text("Gemma3ForCausalLM", **GEMMA3),
-        text("Gemma3nForCausalLM", **GEMMA3N, **PER_LAYER),
+        text("Gemma3nForCausalLM", **GEMMA3N, **PER_LAYER | {"hidden_size_per_layer_input": 256}),
         text("Gemma4ForCausalLM", "sentencepiece-json", **GEMMA4, modern=True),
         # Phi, GPT, Pythia, StarCoder and others of their time
-        text("PhiForCausalLM", "gpt2", hub={"partial_rotary_factor": 0.5}, **MHA),
+        text("PhiForCausalLM", "gpt2", hub={"partial_rotary_factor": 0.5}, **MHA, intermediate_size=256),
         text(
             "Phi3ForCausalLM",
             rope_parameters=LONGROPE,
@@ -202,7 +206,7 @@ ARCHITECTURES: dict[str, Architecture] = dict(
             attention_bias=True,
             lm_head_bias=True,
         ),
-        text("GptOssForCausalLM", "gpt2", **HEAD, **LOCAL, **WINDOW, rope_parameters=YARN | {"truncate": False}),
+        text("GptOssForCausalLM", "gpt2", **LOCAL, **WINDOW, head_dim=64, rope_parameters=GPT_OSS),
         text("DbrxForCausalLM", "gpt2", **DBRX),
         text("OlmoeForCausalLM", "gpt2", **MHA, num_experts=8, num_experts_per_tok=2),
         text("GraniteMoeForCausalLM", "gpt2", **GRANITE, **LOCAL),

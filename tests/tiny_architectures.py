@@ -20,13 +20,13 @@ GPT2_ADDED = ["[gMASK]", "<sop>", "<|user|>", "<|assistant|>", "<|observation|>"
 
 
 def tiny_architecture(name: str, seed: int = 0) -> PreTrainedModel:
-    """The torch model, float32 with values that bfloat16 holds, as published checkpoints have them."""
+    """The torch model, in bfloat16 as published checkpoints are."""
     torch.manual_seed(seed)
     model = getattr(transformers, name)(ARCHITECTURES[name].make()).eval()
     with torch.no_grad():
         for name, parameter in [*model.named_parameters(), *model.named_buffers()]:
             _sharpen(name, parameter)
-    return model.to(torch.bfloat16).float()
+    return model.to(torch.bfloat16)
 
 
 def _sharpen(name: str, values: torch.Tensor) -> None:
@@ -47,10 +47,9 @@ def _sharpen(name: str, values: torch.Tensor) -> None:
 
 
 def write_architecture(folder: Path, name: str, seed: int = 0) -> PreTrainedModel:
-    """Write the folder of a tiny model; returns the model, which has the very values of the folder."""
+    """Write the folder of a tiny model; returns the model in float32, as transformers reads it from the folder."""
     architecture = ARCHITECTURES[name]
-    model = tiny_architecture(name, seed)
-    model.to(torch.bfloat16).save_pretrained(folder)
+    tiny_architecture(name, seed).save_pretrained(folder)
     path = folder / "config.json"
     config = json.loads(path.read_text())
     if not architecture.modern:
@@ -67,7 +66,7 @@ def write_architecture(folder: Path, name: str, seed: int = 0) -> PreTrainedMode
         write_tokenizer(folder)
     if architecture.tokenizer == "sentencepiece-json":
         transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(folder)
-    return model.float()
+    return getattr(transformers, name).from_pretrained(folder, dtype=torch.float32).eval()
 
 
 def _as_before_transformers_5(config: dict) -> None:
