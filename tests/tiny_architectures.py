@@ -91,19 +91,15 @@ def _as_before_transformers_5(config: dict) -> None:
 
 
 @cache
-def _gpt2_vocabulary() -> tuple[list[str], list[str]]:
-    """(tokens, merges) of GPT-2, from the vocabularies that llama.cpp's own tests use: the converter knows a byte-level
+def gpt2_tokenizer() -> str:
+    """tokenizer.json of GPT-2, from the vocabularies that llama.cpp's own tests use: the converter knows a byte-level
     BPE by what it makes of one text, and so needs the real one."""
     import gguf
 
     from tacq_export.runtime.source import source_tree
 
     reader = gguf.GGUFReader(source_tree(lambda _: None) / "models" / "ggml-vocab-gpt-2.gguf")
-    return tuple(reader.fields[f"tokenizer.ggml.{key}"].contents() for key in ("tokens", "merges"))
-
-
-def _write_gpt2_tokenizer(folder: Path) -> None:
-    tokens, merges = _gpt2_vocabulary()
+    tokens, merges = (reader.fields[f"tokenizer.ggml.{key}"].contents() for key in ("tokens", "merges"))
     special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     added = ["<|endoftext|>", *GPT2_ADDED]
     vocabulary = {token: i for i, token in enumerate(tokens)}
@@ -132,7 +128,11 @@ def _write_gpt2_tokenizer(folder: Path) -> None:
             "merges": merges,
         },
     }
-    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    return json.dumps(tokenizer)
+
+
+def _write_gpt2_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.json").write_text(gpt2_tokenizer())
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": "<|endoftext|>",

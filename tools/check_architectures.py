@@ -34,7 +34,7 @@ wait_passively()
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from architecture_table import ARCHITECTURES  # noqa: E402
-from tiny_architectures import write_architecture  # noqa: E402
+from tiny_architectures import gpt2_tokenizer, write_architecture  # noqa: E402
 from tiny_hf import SENTENCES  # noqa: E402
 
 from tacq_export.config import ExportConfig  # noqa: E402
@@ -49,8 +49,9 @@ from tacq_export.runtime.run_model import last_error  # noqa: E402
 
 # Nats a token. What is exported must be nearer to torch than that; arithmetic in another order gives 1e-6 to 1e-4.
 TORCH_LIMIT = 1e-3
-# How much further from its reference than llama-quantize's Q4_0 an exported file may be. Some of these random models are
-# so fragile that 4 bits change them much, whoever chooses them; a wrong scale or order of rows changes all of them more.
+# How much further from its reference than llama-quantize's Q4_0 an exported file may be. Some of these random models
+# are so fragile that 4 bits change them much, whoever chooses them; a wrong scale or order of rows changes all of them
+# more.
 Q4_FACTOR, Q4_MARGIN = 1.5, 0.1
 TASK_ROWS = [
     {"question": f"{a}, and how many apples are {i} and {i + 1}", "answer": f"{b}, so {2 * i + 1} apples are left"}
@@ -242,6 +243,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     rows = []
+    gpt2_tokenizer()  # takes seconds: once here, and not in each of the processes
     with tempfile.TemporaryDirectory(prefix="tacq-architectures-") as temporary:
         for name in args.names:
             row = in_own_process(name, Path(args.keep or temporary).absolute() / name, args)
