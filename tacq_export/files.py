@@ -53,7 +53,8 @@ def claimed(folder: Path, what: str) -> Iterator[None]:
     lock = folder.with_name(f".{folder.name}.lock")
     made = [parent for parent in lock.parents if not parent.exists()]
     try:
-        lock.parent.mkdir(parents=True, exist_ok=True)
+        if made:
+            lock.parent.mkdir(parents=True, exist_ok=True)
         file = _claim(lock, folder)
     except OSError as error:
         raise TacqError(

@@ -69,6 +69,7 @@ HEAD = {"head_dim": 16}
 WINDOW = {"sliding_window": 16}
 MHA = {"num_key_value_heads": 4}
 FOUR = {"num_hidden_layers": 4}
+FULL = {"layer_types": ["full_attention"] * 4}
 YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 32, "rope_theta": 10000.0}
 YARN |= {"beta_fast": 32.0, "beta_slow": 1.0}
 GPT_OSS = YARN | {"rope_theta": 150000.0, "factor": 32.0, "original_max_position_embeddings": 4096, "truncate": False}
@@ -119,10 +120,10 @@ JAMBA = FOUR | {"num_experts": 4, "attn_layer_period": 4, "attn_layer_offset": 2
 GRANITE = {"embedding_multiplier": 4.0, "logits_scaling": 2.0, "residual_multiplier": 0.5, "attention_multiplier": 0.2}
 HYBRID = {"layer_types": ["mamba", "attention", "mamba"], "num_hidden_layers": 3}
 GEMMA3 = HEAD | WINDOW | {"num_hidden_layers": 6, "query_pre_attn_scalar": 16}
-# llama.cpp has its 20 layers before the shared ones, its 10 sparse ones and its widths as constants.
-GEMMA3N = HEAD | WINDOW | {"num_hidden_layers": 22, "num_kv_shared_layers": 2, "intermediate_size": [128] * 22}
-GEMMA3N |= {"activation_sparsity_pattern": [0.95] * 10 + [0.0] * 12, "laurel_rank": 64}
-GEMMA3N |= {"layer_types": [("full" if i % 5 == 4 else "sliding") + "_attention" for i in range(22)]}
+# llama.cpp has its 20 layers with keys of their own, its 10 sparse ones and its widths as constants.
+GEMMA3N = HEAD | WINDOW | {"num_hidden_layers": 20, "num_kv_shared_layers": 0, "intermediate_size": [128] * 20}
+GEMMA3N |= {"activation_sparsity_pattern": [0.95] * 10 + [0.0] * 10, "laurel_rank": 64}
+GEMMA3N |= {"layer_types": [("full" if i % 5 == 4 else "sliding") + "_attention" for i in range(20)]}
 PER_LAYER = {"hidden_size_per_layer_input": 32, "vocab_size_per_layer_input": VOCAB}
 GEMMA4 = HEAD | WINDOW | PER_LAYER | {"num_hidden_layers": 6, "global_head_dim": 32}
 
@@ -150,7 +151,9 @@ ARCHITECTURES: dict[str, Architecture] = dict(
         text("MiniCPM3ForCausalLM", **MLA | {"v_head_dim": 16}, scale_emb=12, scale_depth=1.4, dim_model_base=256),
         text("NemotronForCausalLM", **HEAD),
         text("StableLmForCausalLM", "gpt2", hub={"partial_rotary_factor": 0.25}, use_qkv_bias=True),
-        text("Exaone4ForCausalLM", "gpt2", **FOUR, sliding_window=None),  # llama.cpp has windows at 64 layers alone
+        text(
+            "Exaone4ForCausalLM", "gpt2", **FOUR, **FULL, sliding_window=None
+        ),  # llama.cpp has windows at 64 layers alone
         text("Jais2ForCausalLM", "gpt2", **HEAD, **MHA),
         # Qwen; transformers splits the words of its byte-level BPE its own way, so the dense one is given sentencepiece
         text("Qwen2ForCausalLM"),
@@ -159,7 +162,7 @@ ARCHITECTURES: dict[str, Architecture] = dict(
         text("Qwen3MoeForCausalLM", "gpt2", **QWEN3_EXPERTS, **HEAD),
         text("Qwen3NextForCausalLM", "gpt2", **LINEAR, **EXPERTS, **SHARED),
         text("Qwen3_5ForCausalLM", "gpt2", **LINEAR, modern=True),
-        text("Qwen3_5MoeForCausalLM", **LINEAR, **EXPERTS, **SHARED, modern=True),
+        text("Qwen3_5MoeForCausalLM", "gpt2", **LINEAR, **EXPERTS, **SHARED, modern=True),
         # Gemma
         text("GemmaForCausalLM", **HEAD, num_key_value_heads=1),
         text("Gemma2ForCausalLM", **HEAD, **WINDOW, query_pre_attn_scalar=16),

@@ -134,7 +134,7 @@ def gpt2_tokenizer() -> str:
 def _write_gpt2_tokenizer(folder: Path) -> None:
     (folder / "tokenizer.json").write_text(gpt2_tokenizer())
     config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
+        "tokenizer_class": "TokenizersBackend",
         "bos_token": "<|endoftext|>",
         "eos_token": "<|endoftext|>",
         "chat_template": CHAT_TEMPLATE,
