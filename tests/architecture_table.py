@@ -125,7 +125,7 @@ GEMMA3N = HEAD | WINDOW | {"num_hidden_layers": 20, "num_kv_shared_layers": 0, "
 GEMMA3N |= {"activation_sparsity_pattern": [0.95] * 10 + [0.0] * 10, "laurel_rank": 64}
 GEMMA3N |= {"layer_types": [("full" if i % 5 == 4 else "sliding") + "_attention" for i in range(20)]}
 PER_LAYER = {"hidden_size_per_layer_input": 32, "vocab_size_per_layer_input": VOCAB}
-GEMMA4 = HEAD | WINDOW | PER_LAYER | {"num_hidden_layers": 6, "global_head_dim": 32}
+GEMMA4 = HEAD | WINDOW | PER_LAYER | {"num_hidden_layers": 6, "global_head_dim": 32, "final_logit_softcapping": 30.0}
 
 VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
 VISION |= {"image_size": 28, "patch_size": 14}
