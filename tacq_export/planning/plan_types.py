@@ -234,7 +234,7 @@ def allocate_types(
         raise TacqError(f"{flag} cannot be met: with the smallest types it is {unit(least)}; raise it.")
     chosen = allocate(options, budget - spent)
     total = sum(o.loss for o in chosen.values())
-    reporter.say(f"Allocation: predicted loss {total:.4f} nats a token; {_counts(chosen)}.")
+    reporter.say(f"Allocation: predicted loss {total:.4g} nats a token; {_counts(chosen)}.")
     return {name: o.type for name, o in chosen.items()}
 
 

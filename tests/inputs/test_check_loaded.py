@@ -49,7 +49,7 @@ def test_a_tied_model_whose_config_says_untied(tmp_path):
 
 def test_a_tied_head_is_not_missing(tmp_path):
     folder = changed(tmp_path, "qwen2", lambda tensors: tensors.pop("lm_head.weight", None))
-    model, _ = load_from_hugging_face(folder, Reporter())
+    model = load_from_hugging_face(folder, Reporter())
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
@@ -85,7 +85,7 @@ def test_buffers_and_drafting_blocks_are_no_loss(runtime, tmp_path):
         tensors["mtp.fc.weight"] = torch.zeros(64, 128)
 
     folder = changed(tmp_path, "llama", change, num_nextn_predict_layers=1)
-    model, _ = load_from_hugging_face(folder, Reporter())
+    model = load_from_hugging_face(folder, Reporter())
     assert torch.equal(model.lm_head.weight, tiny_model("llama").lm_head.weight)
 
 

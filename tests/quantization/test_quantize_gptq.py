@@ -13,7 +13,7 @@ from tacq_export.config import ExportConfig
 from tacq_export.errors import TacqError
 from tacq_export.format.gguf_file import open_gguf, tensor_values
 from tacq_export.pipeline import export
-from tacq_export.quantization import quantize_model
+from tacq_export.quantization import quantize_rows
 from tacq_export.quantization.fit_groups import dequantize_groups, round_to_nearest
 from tacq_export.quantization.quantize_gptq import quantize_gptq, relative_error
 
@@ -269,7 +269,7 @@ def test_an_exported_file_holds_what_gptq_gave_in_the_rows_of_the_gguf(tiny_gguf
         results[name] = quantize_gptq(bits, weights, hessian, kept, damping, name, *rest)
         return results[name]
 
-    monkeypatch.setattr(quantize_model, "quantize_gptq", watched)
+    monkeypatch.setattr(quantize_rows, "quantize_gptq", watched)
     outfile = tmp_path / "out.gguf"
     export(
         ExportConfig(
