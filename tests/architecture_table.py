@@ -26,7 +26,7 @@ TOKENS = {
     "sentencepiece": (VOCAB, {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}),
     "gpt2": (50304, {"bos_token_id": 50256, "eos_token_id": 50256, "pad_token_id": 50256}),
 }
-TOKENS["sentencepiece-json"] = TOKENS["sentencepiece"]
+TOKENS |= {"sentencepiece-json": TOKENS["sentencepiece"], "gpt2-bos": TOKENS["gpt2"]}
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,7 @@ ROUTED = {"n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_siz
 LOCAL = {"num_local_experts": 4, "num_experts_per_tok": 2}
 SHARED = {"shared_expert_intermediate_size": 64}
 DBRX = {"d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": 256}
+DBRX |= {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}}
 DBRX |= {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 500000.0}}
 DBRX |= {"ffn_config": {"hidden_size": 64, "ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2}}
 ERNIE = {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 64, "moe_num_shared_experts": 1}
@@ -215,10 +216,10 @@ ARCHITECTURES: dict[str, Architecture] = dict(
         text("GraniteMoeForCausalLM", "gpt2", **GRANITE, **LOCAL),
         text("GraniteMoeSharedForCausalLM", "gpt2", **GRANITE, **LOCAL, shared_intermediate_size=64),
         text("Ernie4_5_MoeForCausalLM", **ERNIE),
-        text("Dots1ForCausalLM", "gpt2", **HEAD, **ROUTED, n_shared_experts=1, first_k_dense_replace=1),
-        text("AfmoeForCausalLM", "gpt2", **HEAD, **EXPERTS, **FOUR, **WINDOW, num_shared_experts=1, route_scale=1.5),
+        text("Dots1ForCausalLM", "gpt2", **HEAD, **MHA, **ROUTED, n_shared_experts=1, first_k_dense_replace=1),
+        text("AfmoeForCausalLM", "gpt2", **HEAD, **EXPERTS, **FOUR, **WINDOW, num_shared_experts=1, mup_enabled=True),
         text("ExaoneMoeForCausalLM", "gpt2", **EXPERTS, **FOUR, **WINDOW),
-        text("MiniMaxM2ForCausalLM", "gpt2", **HEAD, **LOCAL),
+        text("MiniMaxM2ForCausalLM", "gpt2", hub={"rotary_dim": 8}, **HEAD, **LOCAL),
         text("Glm4MoeForCausalLM", "gpt2", **HEAD, **ROUTED, use_qk_norm=True, attention_bias=True),
         text("SolarOpenForCausalLM", "gpt2", **HEAD, **ROUTED),
         text(
@@ -230,6 +231,7 @@ ARCHITECTURES: dict[str, Architecture] = dict(
             **FOUR,
             **LOCAL,
             moe_intermediate_size=64,
+            layer_types=["sliding_attention"] * 3 + ["full_attention"],
         ),
         text(
             "LagunaForCausalLM",
@@ -260,7 +262,7 @@ ARCHITECTURES: dict[str, Architecture] = dict(
         text("DeepseekV3ForCausalLM", "gpt2", hub={"scoring_func": "sigmoid"}, **DEEPSEEK, **GROUPED),
         text("Glm4MoeLiteForCausalLM", "gpt2", **DEEPSEEK),
         text("YoutuForCausalLM", "gpt2", **MLA),
-        text("DeepseekV32ForCausalLM", "gpt2", **DEEPSEEK, **GROUPED, **INDEXER),
+        text("DeepseekV32ForCausalLM", "gpt2-bos", **DEEPSEEK, **GROUPED, **INDEXER),
         text("GlmMoeDsaForCausalLM", "gpt2", **DEEPSEEK, **INDEXER, modern=True),
         # State space, convolutions, linear attention
         text("MambaForCausalLM", "gpt2", state_size=16, time_step_rank=4),

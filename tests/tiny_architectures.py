@@ -16,7 +16,7 @@ from architecture_table import ARCHITECTURES
 from tiny_hf import CHAT_TEMPLATE, write_tokenizer
 from transformers import PreTrainedModel
 
-GPT2_ADDED = ["[gMASK]", "<sop>", "<|user|>", "<|assistant|>", "<|observation|>", "<|begin|>", "<|end|>"]
+GPT2_ADDED = ["[gMASK]", "<sop>", "<|user|>", "<|assistant|>", "<|observation|>", "<|begin|>", "<|end|>", "<unk>"]
 
 
 def tiny_architecture(name: str, seed: int = 0) -> PreTrainedModel:
@@ -41,7 +41,7 @@ def _sharpen(name: str, values: torch.Tensor) -> None:
     elif "embed" in name or "lm_head" in name or "wte" in name:
         values.normal_(0, 0.3)
     elif "router" in name or name.endswith(("gate.weight", "gate.wg.weight")):
-        values.normal_(0, 0.4)
+        values.normal_(0, 0.2)
     else:
         values.normal_(0, 0.12)
 
@@ -60,8 +60,8 @@ def write_architecture(folder: Path, name: str, seed: int = 0) -> PreTrainedMode
         if value is not None:
             config[key] = value
     path.write_text(json.dumps(config, indent=1))
-    if architecture.tokenizer == "gpt2":
-        _write_gpt2_tokenizer(folder)
+    if architecture.tokenizer.startswith("gpt2"):
+        _write_gpt2_tokenizer(folder, architecture.tokenizer == "gpt2-bos")
     else:
         write_tokenizer(folder)
     if architecture.tokenizer == "sentencepiece-json":
@@ -131,12 +131,13 @@ def gpt2_tokenizer() -> str:
     return json.dumps(tokenizer)
 
 
-def _write_gpt2_tokenizer(folder: Path) -> None:
+def _write_gpt2_tokenizer(folder: Path, bos: bool) -> None:
     (folder / "tokenizer.json").write_text(gpt2_tokenizer())
     config = {
         "tokenizer_class": "TokenizersBackend",
         "bos_token": "<|endoftext|>",
         "eos_token": "<|endoftext|>",
+        "add_bos_token": bos,
         "chat_template": CHAT_TEMPLATE,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config))

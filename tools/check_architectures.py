@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -92,8 +93,9 @@ def torch_against_llama(model, reference: Path, texts: list[list[int]]) -> tuple
     return float(kl.mean()), float(kl.max())
 
 
-def check(name: str, folder: Path, args: argparse.Namespace) -> dict:
-    """Everything about one architecture, as plain facts. Runs in a process of its own."""
+def check(name: str, folder: Path, args: argparse.Namespace, note: Callable[[dict], None]) -> dict:
+    """Everything about one architecture, as plain facts. Runs in a process of its own. note: takes what is known before
+    llama.cpp runs in this process, which it may abort."""
     facts: dict = {"name": name}
     model = write_architecture(folder / "model", name)
     facts["weights"] = sum(p.numel() for p in model.parameters())
@@ -113,6 +115,7 @@ def check(name: str, folder: Path, args: argparse.Namespace) -> dict:
         facts |= {"outcome": "refused", "sentence": str(error)}
         if outfile.exists():
             facts |= {"outcome": "wrong", "sentence": f"refused, and the output was left behind: {error}"}
+    note(facts)
     facts |= measure(model, folder, work, source if args.from_gguf else None, outfile)
     if facts["outcome"] == "exported":
         facts |= wrong_file(facts)
@@ -162,7 +165,7 @@ def run_child(answer: Path, log: Path, arguments: tuple) -> None:
         os.dup2(out.fileno(), 1)
         os.dup2(out.fileno(), 2)
     try:
-        facts = check(*arguments)
+        facts = check(*arguments, lambda facts: answer.write_text(json.dumps(facts)))
     except Exception as error:
         traceback.print_exc()
         place = traceback.extract_tb(error.__traceback__)[-1]
@@ -186,10 +189,11 @@ def in_own_process(name: str, folder: Path, args: argparse.Namespace) -> dict:
         os.killpg(child.pid, signal.SIGKILL)
         child.join()
         facts = {"name": name, "outcome": "timeout", "sentence": f"took more than {args.timeout} s"}
-    elif answer.is_file():
-        facts = json.loads(answer.read_text())
     else:
-        facts = {"name": name, "outcome": "crash", "sentence": f"the process ended with status {child.exitcode}"}
+        facts = json.loads(answer.read_text()) if answer.is_file() else {"name": name}
+        # What was refused may well abort in llama.cpp when it is measured here: that is why it was refused.
+        if child.exitcode and facts.get("outcome") != "refused":
+            facts |= {"outcome": "crash", "sentence": f"the process ended with status {child.exitcode}"}
     return facts | {"total_seconds": time.monotonic() - began, "log": str(log)}
 
 
