@@ -80,6 +80,7 @@ LONGROPE = {"rope_type": "longrope", "rope_theta": 10000.0}
 LONGROPE |= {"short_factor": [1.0, 1.1, 1.2, 1.3, 1.5, 1.8, 2.0, 2.5]}
 LONGROPE |= {"long_factor": [1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0]}
 MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+INTERLEAVED = MROPE | {"mrope_interleaved": True}
 
 # Experts, under the names that their configs have for them.
 # Qwen3's hub folders normalize the chosen experts' weights, and llama.cpp always does.
@@ -270,7 +271,14 @@ ARCHITECTURES: dict[str, Architecture] = dict(
         text("Mamba2ForCausalLM", "gpt2", num_heads=4, head_dim=32, state_size=32, n_groups=2),
         text("JambaForCausalLM", **JAMBA),
         text("FalconH1ForCausalLM", "gpt2", **FALCON_H1),
-        text("BambaForCausalLM", "gpt2", **MAMBA2, attn_layer_indices=[1], num_hidden_layers=3),
+        text(
+            "BambaForCausalLM",
+            "gpt2",
+            hub={"attn_rotary_emb": 8},
+            **MAMBA2,
+            attn_layer_indices=[1],
+            num_hidden_layers=3,
+        ),
         text(
             "GraniteMoeHybridForCausalLM",
             "gpt2",
@@ -296,14 +304,22 @@ ARCHITECTURES: dict[str, Architecture] = dict(
             rope_parameters=MROPE,
         ),
         wrapper("Qwen2_5_VLForConditionalGeneration", "gpt2", vision=QWEN_VISION, rope_parameters=MROPE),
-        wrapper("Qwen3VLForConditionalGeneration", "gpt2", vision=QWEN_VISION, **HEAD, rope_parameters=MROPE),
+        wrapper(
+            "Qwen3VLForConditionalGeneration",
+            "gpt2",
+            vision=QWEN_VISION,
+            modern=True,
+            **HEAD,
+            rope_parameters=INTERLEAVED,
+        ),
         wrapper(
             "Qwen3VLMoeForConditionalGeneration",
             "gpt2",
             vision=QWEN_VISION,
+            modern=True,
             **HEAD,
             **EXPERTS,
-            rope_parameters=MROPE,
+            rope_parameters=INTERLEAVED,
         ),
         wrapper("Qwen3_5ForConditionalGeneration", "gpt2", vision=QWEN_VISION, **LINEAR, modern=True),
         wrapper("Llama4ForConditionalGeneration", "gpt2", vision=VISION, **LLAMA4),
