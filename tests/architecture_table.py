@@ -324,7 +324,9 @@ ARCHITECTURES: dict[str, Architecture] = dict(
         wrapper("Qwen3_5ForConditionalGeneration", "gpt2", vision=QWEN_VISION, **LINEAR, modern=True),
         wrapper("Llama4ForConditionalGeneration", "gpt2", vision=VISION, **LLAMA4),
         wrapper("SmolVLMForConditionalGeneration", "gpt2", vision=VISION, **HEAD, model_type="llama"),
-        wrapper("Glm4vForConditionalGeneration", "gpt2", vision=QWEN_VISION, **HEAD, rope_parameters=MROPE),
+        wrapper(
+            "Glm4vForConditionalGeneration", "gpt2", vision=QWEN_VISION, modern=True, **HEAD, rope_parameters=MROPE
+        ),
         wrapper("Lfm2VlForConditionalGeneration", "gpt2", vision=VISION, **LFM2, model_type="lfm2"),
     ]
 )

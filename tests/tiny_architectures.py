@@ -16,7 +16,17 @@ from architecture_table import ARCHITECTURES
 from tiny_hf import CHAT_TEMPLATE, write_tokenizer
 from transformers import PreTrainedModel
 
-GPT2_ADDED = ["[gMASK]", "<sop>", "<|user|>", "<|assistant|>", "<|observation|>", "<|begin|>", "<|end|>", "<unk>"]
+GPT2_ADDED = [
+    "[gMASK]",
+    "<sop>",
+    "<|user|>",
+    "<|assistant|>",
+    "<|observation|>",
+    "<|startoftext|>",
+    "<|begin|>",
+    "<|end|>",
+]
+GPT2_ADDED += ["<unk>"]
 
 
 def tiny_architecture(name: str, seed: int = 0) -> PreTrainedModel:
