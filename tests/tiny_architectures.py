@@ -57,9 +57,10 @@ def _sharpen(name: str, values: torch.Tensor) -> None:
 
 
 def write_architecture(folder: Path, name: str, seed: int = 0) -> PreTrainedModel:
-    """Write the folder of a tiny model; returns the model in float32, as transformers reads it from the folder."""
+    """Write the folder of a tiny model; returns the model in float32, with the config and the values of the folder."""
     architecture = ARCHITECTURES[name]
-    tiny_architecture(name, seed).save_pretrained(folder)
+    model = tiny_architecture(name, seed)
+    model.save_pretrained(folder)
     path = folder / "config.json"
     config = json.loads(path.read_text())
     if not architecture.modern:
@@ -76,7 +77,11 @@ def write_architecture(folder: Path, name: str, seed: int = 0) -> PreTrainedMode
         write_tokenizer(folder)
     if architecture.tokenizer == "sentencepiece-json":
         transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(folder)
-    return getattr(transformers, name).from_pretrained(folder, dtype=torch.float32).eval()
+    # Made anew of the folder's config: bfloat16 has rounded the rope frequencies of the first one, too.
+    model_class = getattr(transformers, name)
+    read = model_class(model_class.config_class.from_pretrained(folder)).float().eval()
+    read.load_state_dict(model.state_dict())
+    return read
 
 
 def _as_before_transformers_5(config: dict) -> None:
