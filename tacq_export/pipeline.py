@@ -41,7 +41,6 @@ from .quantization.quantize_model import (
 from .quantization.trial_errors import TRIAL
 from .quantization.tune_vectors import plan_tuning, save_head_inputs, tune_vectors
 from .reporting import Reporter
-from .runtime.build import runtime_path
 from .workdir import WorkDir
 
 
@@ -89,7 +88,6 @@ def _export(config: ExportConfig, reporter: Reporter) -> ExportResult | None:
     if config.threads:
         torch.set_num_threads(config.threads)
     source = check_source(config.model, reporter)  # before there is a work folder
-    runtime_path()  # tokens are llama.cpp's
     work = WorkDir.open(config)
     try:
         loaded = load_model(source, work.path, config.device, reporter)
