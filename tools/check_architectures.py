@@ -59,7 +59,7 @@ TASK_ROWS = [
     for i, (a, b) in enumerate(zip(SENTENCES, SENTENCES[1:] + SENTENCES[:1], strict=True))
 ]
 # Longer than the sliding windows of the tiny models.
-TEXTS = [". ".join(SENTENCES[:3]), ". ".join(SENTENCES[3:]), SENTENCES[0]]
+TEXTS = [". ".join(SENTENCES[i] for i in order) for order in ((0, 1, 2), (3, 4, 5), (4, 2, 0))]
 
 
 def float_reference(folder: Path, work: Path) -> Path:
@@ -79,8 +79,12 @@ def token_texts(reference: Path) -> list[list[int]]:
         return [llama.bos() + llama.tokenize(text) for text in TEXTS]
 
 
-def torch_against_llama(model, reference: Path, texts: list[list[int]]) -> tuple[float, float]:
-    """(mean, largest) KL(torch || llama.cpp) over all positions, nats a token."""
+def torch_against_llama(model, reference: Path, texts: list[list[int]]) -> tuple[float, float, float]:
+    """(mean, largest, mean of the text that agrees best) of KL(torch || llama.cpp) over all positions, nats a token.
+
+    Two experts may be so nearly tied that rounding decides: then one text goes apart from that token on. Another
+    function is apart in all texts.
+    """
     found = []
     with LlamaLogits(reference, max(map(len, texts)), 1) as llama:
         for text in texts:
@@ -90,7 +94,7 @@ def torch_against_llama(model, reference: Path, texts: list[list[int]]) -> tuple
             width = min(ours.shape[1], theirs.shape[1])  # a converter may drop or add rows of padding
             found.append(token_statistics(ours[:, :width], theirs[:, :width], np.array([*text[1:], text[0]]))[:, 0])
     kl = np.concatenate(found)
-    return float(kl.mean()), float(kl.max())
+    return float(kl.mean()), float(kl.max()), min(float(text.mean()) for text in found)
 
 
 def check(name: str, folder: Path, args: argparse.Namespace, note: Callable[[dict], None]) -> dict:
@@ -128,7 +132,7 @@ def measure(model, folder: Path, work: Path, reference: Path | None = None, outf
     try:
         converted = float_reference(folder, work)
         texts = token_texts(converted)
-        facts["torch_kl"], facts["torch_kl_max"] = torch_against_llama(model, converted, texts)
+        facts["torch_kl"], facts["torch_kl_max"], facts["torch_kl_best"] = torch_against_llama(model, converted, texts)
         if outfile is not None and outfile.exists():
             facts["kl"] = compare_models(reference or converted, outfile, texts, 1).kl
             facts["q4_kl"] = compare_models(converted, stock_file(converted, folder / "q4_0.gguf"), texts, 1).kl
@@ -150,7 +154,7 @@ def wrong_file(facts: dict) -> dict:
     """What makes an exported file a wrong one; empty if nothing."""
     if "measured" in facts:
         return {"outcome": "wrong", "sentence": f"exported, but cannot be measured: {facts['measured']}"}
-    if not facts["torch_kl"] < TORCH_LIMIT:
+    if not facts["torch_kl_best"] < TORCH_LIMIT:
         return {"outcome": "wrong", "sentence": "exported, though torch and llama.cpp compute different functions"}
     if not facts["kl"] < Q4_FACTOR * facts["q4_kl"] + Q4_MARGIN:
         return {"outcome": "wrong", "sentence": "exported, but the file is far from its reference"}

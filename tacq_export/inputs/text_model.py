@@ -31,6 +31,10 @@ class TextModel(PreTrainedModel):
         super().__init__(config)
         self.model, self.lm_head = decoder, head
 
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return True  # the decoder's own affair, too
+
     def get_input_embeddings(self) -> torch.nn.Module:
         return self.model.get_input_embeddings()
 
