@@ -72,7 +72,7 @@ def unpack_sparse(section: np.ndarray, n_rows: int, n_columns: int, name: str) -
     """Read and check a sparse section (uint8 [bytes]) of the tensor `name` with `n_rows` rows of `n_columns` weights.
 
     Raises TacqError, naming the tensor and what is wrong, for anything that a correct writer cannot have written: the
-    same checks as `tacq_validate_section` in cpp_ext/tacq-quants.c.
+    same checks as `tacq_validate_section` in cpp_ext/tacq-validate.c.
     """
 
     def fail(what: str) -> None:
