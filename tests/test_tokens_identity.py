@@ -8,7 +8,7 @@ import pytest
 from tiny_hf import Listener
 
 import tacq_export.calibration.calibrate
-import tacq_export.quantization.quantize_model
+import tacq_export.quantization.quantize_rows
 from tacq_export.config import ExportConfig
 from tacq_export.errors import TacqError
 from tacq_export.inputs import chat_template
@@ -63,7 +63,7 @@ def test_schemas_beside_the_task_that_change_calibrate_again(config, task, tmp_p
 
 def test_other_tokens_are_not_resumed(config, task, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        counted(patch, tacq_export.quantization.quantize_model, "quantize_gptq", raise_at=3)
+        counted(patch, tacq_export.quantization.quantize_rows, "quantize_gptq", raise_at=3)
         with pytest.raises(KeyboardInterrupt):
             export(config())
     (tmp_path / "schemas.json").write_text(json.dumps({"shop": "CREATE TABLE pet (name TEXT, weight REAL)"}))

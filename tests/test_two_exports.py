@@ -37,24 +37,51 @@ def alone(tiny_gguf, tiny_task, tmp_path_factory) -> dict[str, bytes]:
     return files
 
 
+def check_refused(said: str, folder: Path, other: subprocess.Popen, outfile: Path) -> None:
+    sentence = (
+        f"error: The work folder {folder}/work is in use by process {other.pid}, which writes {outfile}; wait until "
+        "that has ended, or give another --workdir."
+    )
+    assert said.strip().splitlines() == [sentence]
+
+
+def test_one_writes_its_file_and_the_other_says_who_works_there(tiny_gguf, tiny_task, tmp_path, alone):
+    """The first is stopped as soon as it has the folder, so that the second surely meets it there."""
+    first = start(tiny_gguf, tiny_task, tmp_path / "a.gguf", "--target-bpw", 3.5, "-w", tmp_path / "work")
+    lock = tmp_path / ".work.lock"
+    while not (lock.exists() and lock.read_text()):
+        assert first.poll() is None, first.stderr.read()
+        time.sleep(0.01)
+    first.send_signal(signal.SIGSTOP)
+    second = start(tiny_gguf, tiny_task, tmp_path / "b.gguf", "--target-bpw", 2.45, "-w", tmp_path / "work")
+    said = second.communicate(timeout=300)[1]
+    first.send_signal(signal.SIGCONT)
+    assert second.returncode == 1
+    check_refused(said, tmp_path, first, tmp_path / "a.gguf")
+    said = first.communicate(timeout=300)[1]
+    assert first.returncode == 0, said
+    assert (tmp_path / "a.gguf").read_bytes() == alone["3.5"]
+    assert {path.name for path in tmp_path.iterdir()} == {"a.gguf", "work"}, "the lock is left behind"
+
+
 @pytest.mark.parametrize("apart", [0.0, 0.3, 1.0])
-def test_of_two_processes_one_writes_its_file_and_the_other_says_who_works_there(
-    tiny_gguf, tiny_task, tmp_path, alone, apart
-):
+def test_two_that_start_at_any_time_write_the_right_file_or_none(tiny_gguf, tiny_task, tmp_path, alone, apart):
+    """Where one has ended before the other reaches the folder, both write."""
     first = start(tiny_gguf, tiny_task, tmp_path / "a.gguf", "--target-bpw", 3.5, "-w", tmp_path / "work")
     time.sleep(apart)
     second = start(tiny_gguf, tiny_task, tmp_path / "b.gguf", "--target-bpw", 2.45, "-w", tmp_path / "work")
-    ended = {"a.gguf": (first, *first.communicate(timeout=300)), "b.gguf": (second, *second.communicate(timeout=300))}
-    assert sorted(process.returncode for process, _, _ in ended.values()) == [0, 1], ended
-    good, bad = sorted(ended, key=lambda name: ended[name][0].returncode)
-    assert (tmp_path / good).read_bytes() == alone["3.5" if good == "a.gguf" else "2.45"]
-    assert not (tmp_path / bad).exists()
-    sentence = (
-        f"error: The work folder {tmp_path}/work is in use by process {ended[good][0].pid}, which writes "
-        f"{tmp_path}/{good}; wait until that has ended, or give another --workdir."
-    )
-    assert ended[bad][2].strip().splitlines() == [sentence]
-    assert {path.name for path in tmp_path.iterdir()} == {good, "work"}, "the lock is left behind"
+    said = [process.communicate(timeout=300)[1] for process in (first, second)]
+    codes = [first.returncode, second.returncode]
+    assert sorted(codes) in ([0, 0], [0, 1]), said
+    for code, name, bpw in zip(codes, ("a.gguf", "b.gguf"), ("3.5", "2.45"), strict=True):
+        if code == 0:
+            assert (tmp_path / name).read_bytes() == alone[bpw]
+        else:
+            assert not (tmp_path / name).exists()
+    if 1 in codes:
+        bad = codes.index(1)
+        check_refused(said[bad], tmp_path, (second, first)[bad], tmp_path / ("b.gguf", "a.gguf")[bad])
+    assert not (tmp_path / ".work.lock").exists(), "the lock is left behind"
 
 
 def test_both_go_on_in_turn_and_calibrate_once(tiny_gguf, tiny_task, tmp_path, alone):
