@@ -1,4 +1,8 @@
-"""The base codec: blocks of 64 weights, one scale byte per 32, 2-, 3- or 4-bit codes into small integer codebooks.
+"""The base codec: blocks of 64 weights, one scale byte per 32, and 2-, 3- or 4-bit codes into a table of small integers.
+
+In TACQ2 and TACQ3 a weight's level is looked up with its code and the low two bits of the code before it (trellis-coded
+quantization: Marcellin and Fischer 1990; the bitshift form of QTIP, arXiv 2406.11235). The codes of a group of 32 form a
+ring, so that a group decodes alone.
 
 Pure functions on numpy arrays; `pack_blocks` and `unpack_blocks` are inverses. The same numbers and the same bytes as
 `cpp_ext/tacq-common.h` and `cpp_ext/tacq-quants.c`, bit for bit (tests/format/test_python_equals_c.py).
@@ -14,22 +18,28 @@ import numpy as np
 
 from .tensor_types import BLOCK_SIZE, GROUP_SIZE
 
+# The order in which the ring of a group visits its weights: 0 4 8 12, 1 5 9 13, ... of 16, then the same of the other 16.
+# Four weights that are neighbours are then in the same place of four neighbouring bytes.
+RING = np.arange(GROUP_SIZE).reshape(2, 4, 4).transpose(0, 2, 1).reshape(-1)
+STATES = 4  # that a code leaves for the next one: its low two bits
+
+_SCALE_ORIGIN = (127 - 28) << 23  # the bit pattern of 2^-28
+_SCALE_STEP = 7 << 18  # 7/32 octave
+K_MAX = 127
+
 
 @dataclass(frozen=True)
 class BlockCodec:
     """The numbers of one base type.
 
-    A scale byte holds a sign (bit 7), the codebook (the next bits) and `k` (the low `scale_bits` bits). The scale is
-    `F(k) - F(0)` with `F(k)` the float whose bit pattern is `scale_origin + k * scale_step`: logarithmic steps with a
-    linear mantissa, and exactly 0 for k = 0. `search_below` and `search_above` are how many steps from the smallest
-    scale that does not clip the reference quantizer looks.
+    levels: of a TACQ4 code; of a TACQ2 or TACQ3 code and the one before it, at 4 * code + (code before) % 4.
+    A scale byte holds a sign (bit 7) and `k` (bits 0 to 6). The scale is 0 for k = 0, else the float32 whose bit pattern
+    is origin + k * step: logarithmic steps with a linear mantissa. `search_below` and `search_above` are how many steps
+    around the scale that a group's size asks for the reference quantizer looks.
     """
 
     bits: int
-    levels: tuple[tuple[int, ...], ...]
-    scale_bits: int
-    scale_origin: int
-    scale_step: int
+    levels: tuple[int, ...]
     search_below: int
     search_above: int
 
@@ -37,63 +47,56 @@ class BlockCodec:
     def block_bytes(self) -> int:
         return 2 + 8 * self.bits
 
+    @property
+    def trellis(self) -> bool:
+        """Whether a level depends on the code before."""
+        return len(self.levels) > 1 << self.bits
+
+    @property
+    def largest(self) -> int:
+        """The largest magnitude of a level."""
+        return max(abs(level) for level in self.levels)
+
     @cached_property
-    def codebooks(self) -> np.ndarray:
-        """float32 [codebooks, 2**bits], each ascending."""
+    def table(self) -> np.ndarray:
+        """float32 [len(levels)]."""
         return np.array(self.levels, dtype=np.float32)
 
     @cached_property
     def magnitudes(self) -> np.ndarray:
-        """float32 [2**scale_bits]: the scale without sign for each k."""
-        patterns = self.scale_origin + np.arange(1 << self.scale_bits, dtype=np.uint32) * np.uint32(self.scale_step)
-        values = patterns.astype(np.uint32).view(np.float32)
-        return values - values[0]
+        """float32 [128]: the scale without sign for each k."""
+        patterns = _SCALE_ORIGIN + np.arange(K_MAX + 1, dtype=np.uint32) * np.uint32(_SCALE_STEP)
+        values = patterns.astype(np.uint32).view(np.float32).copy()
+        values[0] = 0
+        return values
 
     @cached_property
     def scale_of_byte(self) -> np.ndarray:
         """float32 [256]: the signed scale of every scale byte."""
-        byte = np.arange(256)
-        return (
-            np.where(byte & 0x80, np.float32(-1), np.float32(1)) * self.magnitudes[byte & ((1 << self.scale_bits) - 1)]
-        )
-
-    @cached_property
-    def codebook_of_byte(self) -> np.ndarray:
-        """int64 [256]: the codebook of every scale byte."""
-        return (np.arange(256) & 0x7F) >> self.scale_bits
-
-
-def _float_bits(exponent: int) -> int:
-    return (127 + exponent) << 23
+        return np.concatenate([self.magnitudes, -self.magnitudes])
 
 
 CODECS = {
     2: BlockCodec(
         bits=2,
-        levels=((-17, -4, 6, 19), (-14, -2, 8, 22), (-10, 0, 10, 26), (-31, -3, 5, 25)),
-        scale_bits=5,
-        scale_origin=_float_bits(-14),
-        scale_step=12 << 18,
-        search_below=6,
-        search_above=1,
+        levels=(-52, 36, -12, 13, -14, -31, 5, 63, 6, -6, 25, -24, 30, 11, -35, -5),
+        search_below=3,
+        search_above=3,
     ),
     3: BlockCodec(
         bits=3,
-        levels=((-49, -28, -14, -3, 7, 18, 33, 55), (-40, -21, -8, 1, 12, 25, 42, 63)),
-        scale_bits=6,
-        scale_origin=_float_bits(-15),
-        scale_step=3 << 19,
-        search_below=10,
+        levels=(
+            *(-63, -10, -29, -20, -27, -2, -17, -10, -16, -41, -9, -2, -8, -21, -1, -34),
+            *(-1, 21, 6, 12, 6, 35, 14, 22, 16, 5, 26, 39, 28, 13, 51, 5),
+        ),
+        search_below=3,
         search_above=3,
     ),
     4: BlockCodec(
         bits=4,
-        levels=((-57, -41, -31, -23, -16, -9, -3, 0, 5, 11, 16, 22, 29, 37, 47, 63),),
-        scale_bits=7,
-        scale_origin=_float_bits(-15),
-        scale_step=3 << 18,
-        search_below=16,
-        search_above=4,
+        levels=(-61, -47, -36, -28, -21, -14, -8, -2, 4, 10, 16, 23, 30, 39, 50, 63),
+        search_below=8,
+        search_above=2,
     ),
 }
 
@@ -107,18 +110,17 @@ def pack_blocks(bits: int, codes: np.ndarray, scale_bytes: np.ndarray) -> np.nda
     lead, n = codes.shape[:-1], codes.shape[-1]
     if n % BLOCK_SIZE or scale_bytes.shape != (*lead, n // GROUP_SIZE):
         raise ValueError(f"codes {codes.shape} and scale bytes {scale_bytes.shape} do not fit blocks of {BLOCK_SIZE}")
-    c = codes.reshape(*lead, n // BLOCK_SIZE, 4, 16)  # [..., block, l, j]: weight l * 16 + j
     s = scale_bytes.reshape(*lead, n // BLOCK_SIZE, 2)
     if bits == 4:
-        low, high = c[..., 0::2, :], c[..., 1::2, :]
-        parts = [s, (low | (high << 4)).reshape(*c.shape[:-2], 32)]
+        c = codes.reshape(*lead, n // BLOCK_SIZE, 2, 2, 16)
+        parts = [s, (c[..., 0, :] | (c[..., 1, :] << 4)).reshape(*s.shape[:-1], 32)]
     else:
-        shifts = np.array([0, 2, 4, 6], dtype=np.uint8)[:, None]
-        parts = [s, np.bitwise_or.reduce((c & 3) << shifts, axis=-2)]
+        c = codes.reshape(*lead, n // BLOCK_SIZE, 4, 4, 4)  # [..., block, w, v, b]: weight 16 w + 4 v + b
+        v = np.arange(4, dtype=np.uint8)[:, None]
+        parts = [s, np.bitwise_or.reduce((c & 3) << 2 * v, axis=-2).reshape(*s.shape[:-1], 16)]
         if bits == 3:
-            high = c >> 2
-            first, second = high[..., :8], high[..., 8:]
-            parts.append(np.bitwise_or.reduce((first << shifts) | (second << (shifts + 1)), axis=-2))
+            high = np.bitwise_or.reduce((c >> 2) << v, axis=-2)  # [..., block, w, b], 4 bits
+            parts.append((high[..., 0::2, :] | (high[..., 1::2, :] << 4)).reshape(*s.shape[:-1], 8))
     return np.concatenate(parts, axis=-1).astype(np.uint8).reshape(*lead, -1)
 
 
@@ -135,63 +137,27 @@ def unpack_blocks(bits: int, data: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         q = b[..., 2:34].reshape(*lead, n_blocks, 2, 1, 16)
         c = np.concatenate([q & 15, q >> 4], axis=-2)
     else:
-        shifts = np.array([0, 2, 4, 6], dtype=np.uint8)[:, None]
-        c = (b[..., None, 2:18] >> shifts) & 3
+        v = np.arange(4, dtype=np.uint8)[:, None]
+        c = (b[..., 2:18].reshape(*lead, n_blocks, 4, 1, 4) >> 2 * v) & 3
         if bits == 3:
-            h = b[..., None, 18:26]
-            c = c | (np.concatenate([(h >> shifts) & 1, (h >> (shifts + 1)) & 1], axis=-1) << 2)
+            h = b[..., 18:26].reshape(*lead, n_blocks, 2, 1, 4)
+            high = np.concatenate([h, h >> 4], axis=-2).reshape(*lead, n_blocks, 4, 1, 4)
+            c = c | ((high >> v) & 1) << 2
     return np.ascontiguousarray(c).reshape(*lead, n_blocks * BLOCK_SIZE), np.ascontiguousarray(scale_bytes)
+
+
+def level_indices(bits: int, codes: np.ndarray) -> np.ndarray:
+    """int64 [..., n]: where each weight's level is in `BlockCodec.levels`. codes: uint8 [..., n], n a multiple of 32."""
+    if not CODECS[bits].trellis:
+        return codes.astype(np.int64)
+    ring = codes.reshape(*codes.shape[:-1], -1, GROUP_SIZE)[..., RING].astype(np.int64)
+    found = np.empty_like(ring)
+    found[..., RING] = STATES * ring + np.roll(ring, 1, axis=-1) % STATES
+    return found.reshape(codes.shape)
 
 
 def dequantize_blocks(bits: int, codes: np.ndarray, scale_bytes: np.ndarray) -> np.ndarray:
     """float32 [..., n] from codes [..., n] and scale bytes [..., n / 32]. The product is exact in float32."""
     codec = CODECS[bits]
-    groups = codes.reshape(*codes.shape[:-1], -1, GROUP_SIZE)
-    levels = codec.codebooks[codec.codebook_of_byte[scale_bytes][..., None], groups]
-    return (codec.scale_of_byte[scale_bytes][..., None] * levels).reshape(codes.shape)
-
-
-def quantize_ref(bits: int, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Plain rounding, the Python twin of `quantize_row_tacq<bits>_ref`: the same bytes for the same floats.
-
-    weights: float32 [..., n], n a multiple of 64, finite. Returns (codes uint8 [..., n], scale bytes uint8 [..., n /
-    32]). Each group takes the sign, codebook and k of least squared error; errors are summed in order, in float64, and
-    the first candidate wins a tie, so that C and Python cannot differ.
-    """
-    codec = CODECS[bits]
-    w = np.ascontiguousarray(weights, dtype=np.float32)
-    if w.shape[-1] % BLOCK_SIZE:
-        raise ValueError(f"row width {w.shape[-1]} is not a multiple of {BLOCK_SIZE}")
-    if not np.isfinite(w).all():
-        raise ValueError("weights hold NaN or Inf")
-    groups = w.reshape(-1, GROUP_SIZE)
-    peak = np.abs(groups).max(axis=1)
-    k_max = (1 << codec.scale_bits) - 1
-    best_err = np.full(len(groups), np.inf)
-    best_byte = np.zeros(len(groups), dtype=np.uint8)
-    zero_code = int(np.argmin(np.abs(codec.codebooks[0])))
-    best_codes = np.full(groups.shape, zero_code, dtype=np.uint8)
-    for sign in (0, 1):
-        for book, levels in enumerate(codec.codebooks):
-            reach = codec.magnitudes * np.abs(levels).max()
-            k_high = np.minimum(np.searchsorted(reach, peak), k_max)
-            for offset in range(-codec.search_below, codec.search_above + 1):
-                k = k_high + offset
-                tried = (peak > 0) & (k >= 1) & (k <= k_max)
-                if not tried.any():
-                    continue
-                byte = (sign << 7) | (book << codec.scale_bits) | k[tried]
-                values = codec.scale_of_byte[byte][:, None] * levels
-                diff = np.abs(groups[tried][:, :, None] - values[:, None, :])
-                codes = diff.argmin(axis=2)
-                least = np.take_along_axis(diff, codes[:, :, None], axis=2)[:, :, 0].astype(np.float64)
-                err = np.zeros(len(least))
-                for i in range(GROUP_SIZE):
-                    err += least[:, i] * least[:, i]
-                where = np.flatnonzero(tried)
-                better = err < best_err[where]
-                where = where[better]
-                best_err[where] = err[better]
-                best_byte[where] = byte[better]
-                best_codes[where] = codes[better]
-    return best_codes.reshape(w.shape), best_byte.reshape(*w.shape[:-1], -1)
+    scales = np.repeat(codec.scale_of_byte[scale_bytes], GROUP_SIZE, axis=-1)
+    return scales * codec.table[level_indices(bits, codes)]

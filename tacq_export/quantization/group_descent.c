@@ -8,46 +8,12 @@
 // One call does one panel: the same group of columns in rows first_row .. end_row. Rows do not depend on each other, so the
 // result does not depend on how they are shared out to threads.
 
+#include "group_descent.h"
+
 #include <math.h>
-#include <stdint.h>
 #include <string.h>
 
-#define GROUP 32  // weights that share a scale byte
-#define LANES 16  // candidates tried side by side
-#define MAX_LEVELS 16
-
-struct tacq_descent {
-    // codec
-    int32_t       bits;
-    int32_t       n_books;
-    int32_t       scale_bits;
-    int32_t       passes;        // over the codes of the group, once its byte is chosen
-    const float * scale_of_byte; // [256]
-    const float * levels;        // [n_books][1 << bits], ascending
-    // search: scales from `below` steps under the least that does not clip to `above` steps over it; fresh: there is no byte yet
-    int32_t       below;
-    int32_t       above;
-    int32_t       fresh;
-    int32_t       pad;
-    // matrix
-    const float   * h;           // [32][32]: H of the panel's columns
-    const uint8_t * kept;        // [rows][32]: 1 where a weight is kept and may take any value, or NULL
-    const float   * gradient;    // [rows][32]: D H in the panel's columns
-    float         * values;      // [rows][32] in/out: V
-    float         * base;        // [rows][32] out: what codes and byte decode to
-    float         * change;      // [rows][32] out: V after - V before
-    uint8_t       * codes;       // [rows][32] in/out
-    uint8_t       * bytes;       // [rows] in/out
-};
-
-_Static_assert(sizeof(struct tacq_descent) == 4*4 + 2*8 + 4*4 + 8*8, "group_descent.py has the same layout");
-
-static const float * book_of(const struct tacq_descent * t, uint8_t byte) {
-    return t->levels + (((byte & 0x7f) >> t->scale_bits) << t->bits);
-}
-
-typedef float   lanes  __attribute__((vector_size(LANES*sizeof(float))));   // a vector type of GCC and clang, on any machine
-typedef int32_t choice __attribute__((vector_size(LANES*sizeof(int32_t)))); // -1 where a comparison holds, else 0
+#define LEVELS 16 // of TACQ4, the one type whose codes do not depend on each other
 
 static inline lanes where(choice c, lanes x) { return (lanes) ((choice) x & c); } // x, or 0
 
@@ -55,19 +21,16 @@ static inline lanes where(choice c, lanes x) { return (lanes) ((choice) x & c); 
 // Returns the least change of the loss, if it is below `best`, and its byte; else `best`.
 static float try_bytes(const struct tacq_descent * t, const float * inv_h, const float * v, const float * g, const uint8_t * kept,
                        const uint8_t * bytes, int n, float best, uint8_t * best_byte) {
-    const int n_levels = 1 << t->bits;
     lanes grad[GROUP], scale, inverse, loss = {0};
-    lanes step[MAX_LEVELS], border[MAX_LEVELS]; // level i less level i - 1, and the middle between them
+    lanes step[LEVELS], border[LEVELS]; // level i less level i - 1, and the middle between them
 
     for (int l = 0; l < LANES; l++) {
-        const uint8_t byte = bytes[l < n ? l : 0];
-        const float * level = book_of(t, byte);
-        scale[l]   = t->scale_of_byte[byte];
-        step[0][l] = level[0];
-        for (int i = 1; i < n_levels; i++) {
-            step[i][l]   = level[i] - level[i - 1];
-            border[i][l] = 0.5f*(level[i] + level[i - 1]);
-        }
+        scale[l] = t->scale_of_byte[bytes[l < n ? l : 0]];
+    }
+    step[0] = t->levels[0] - (lanes) {0};
+    for (int i = 1; i < LEVELS; i++) {
+        step[i]   = (t->levels[i] - t->levels[i - 1]) - (lanes) {0};
+        border[i] = 0.5f*(t->levels[i] + t->levels[i - 1]) - (lanes) {0};
     }
     inverse = 1.0f/scale;
     for (int j = 0; j < GROUP; j++) {
@@ -79,7 +42,7 @@ static float try_bytes(const struct tacq_descent * t, const float * inv_h, const
         if (!(kept && kept[j])) {
             const lanes x = (v[j] + delta)*inverse;
             lanes level = step[0];
-            for (int i = 1; i < n_levels; i++) {
+            for (int i = 1; i < LEVELS; i++) {
                 level += where(x > border[i], step[i]);
             }
             delta = level*scale - v[j];
@@ -98,22 +61,17 @@ static float try_bytes(const struct tacq_descent * t, const float * inv_h, const
     return best;
 }
 
-// Scale bytes worth trying for a group whose largest quantized weight is `peak`: every sign and codebook, a window of scales.
+// Scale bytes worth trying for a group whose largest quantized weight is `peak`: both signs, a window of scales.
 static int candidates(const struct tacq_descent * t, float peak, uint8_t * bytes) {
-    const int n_levels = 1 << t->bits, k_max = (1 << t->scale_bits) - 1;
-    int n = 0;
-    for (int book = 0; book < t->n_books; book++) {
-        const float * level = t->levels + (book << t->bits);
-        const float top = fmaxf(fabsf(level[0]), fabsf(level[n_levels - 1]));
-        int k_high = 1;
-        while (k_high < k_max && t->scale_of_byte[k_high]*top < peak) {
-            k_high++;
-        }
-        for (int sign = 0; sign < 2; sign++) {
-            for (int k = k_high - t->below; k <= k_high + t->above; k++) {
-                if (k >= 1 && k <= k_max) {
-                    bytes[n++] = (uint8_t) (sign << 7 | book << t->scale_bits | k);
-                }
+    const float top = fmaxf(fabsf(t->levels[0]), fabsf(t->levels[LEVELS - 1]));
+    int n = 0, k_high = 1;
+    while (k_high < 127 && t->scale_of_byte[k_high]*top < peak) {
+        k_high++;
+    }
+    for (int sign = 0; sign < 2; sign++) {
+        for (int k = k_high - t->below; k <= k_high + t->above; k++) {
+            if (k >= 1 && k <= 127) {
+                bytes[n++] = (uint8_t) (sign << 7 | k);
             }
         }
     }
@@ -160,7 +118,7 @@ static void descend_group(const struct tacq_descent * t, int64_t r, const float 
         return;
     }
     const float scale = t->scale_of_byte[byte], inverse = 1.0f/scale;
-    const float * level = book_of(t, byte);
+    const float * level = t->levels;
     t->bytes[r] = byte;
     for (int pass = 0; pass < t->passes; pass++) { // the first does again what try_bytes did
         int moved = 0;
@@ -168,7 +126,7 @@ static void descend_group(const struct tacq_descent * t, int64_t r, const float 
             const float * h = t->h + j*GROUP;
             const float wanted = v[j] - g[j]*inv_h[j], x = wanted*inverse;
             int code = 0;
-            while (code + 1 < 1 << t->bits && x > 0.5f*(level[code] + level[code + 1])) {
+            while (code + 1 < LEVELS && x > 0.5f*(level[code] + level[code + 1])) {
                 code++;
             }
             codes[j] = (uint8_t) code;
@@ -194,6 +152,10 @@ static void descend_group(const struct tacq_descent * t, int64_t r, const float 
 
 void tacq_descend(const struct tacq_descent * t, int64_t first_row, int64_t end_row) {
     float inv_h[GROUP];
+    if (t->bits < 4) {
+        tacq_descend_trellis(t, first_row, end_row);
+        return;
+    }
     for (int j = 0; j < GROUP; j++) {
         inv_h[j] = 1.0f/t->h[j*GROUP + j];
     }

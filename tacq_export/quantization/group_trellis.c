@@ -1,0 +1,393 @@
+// The search for the codes of one group of a trellis type: TACQ2 and TACQ3 (group_descent.c calls it).
+//
+// The level of a weight is looked up with its code and the low two bits of the code before it (cpp_ext/FORMAT.md), so the codes of a
+// group are a closed path through a trellis of four states (trellis-coded quantization: Marcellin and Fischer 1990). With the group's
+// loss (v - target)^T H (v - target) and H = M^T D M, M unit lower triangular, the loss of a path adds up weight by weight, each
+// seeing the errors before it: sum of d_j (e_j + sum_{i<j} m_ji e_i)^2, as GPTQ feeds errors forward. A Viterbi search keeps the best
+// path into each state, and each survivor carries its own sums.
+
+#include "group_descent.h"
+
+#include <math.h>
+#include <string.h>
+
+#define STATES 4
+#define SIDES  (LANES/STATES) // paths that are searched side by side: scales, or states to begin with
+#define TOP    4              // scales whose paths are closed from every state
+#define FAR    1e30f
+
+// The code of weight order[t] is the t-th of the path: four at a time are unpacked with two shifts and a mask (cpp_ext/tacq-common.h).
+static const uint8_t order[GROUP] = {
+     0,  4,  8, 12,  1,  5,  9, 13,  2,  6, 10, 14,  3,  7, 11, 15,
+    16, 20, 24, 28, 17, 21, 25, 29, 18, 22, 26, 30, 19, 23, 27, 31,
+};
+
+// x of lane 4*(l/4) + from[l]: of another state of the same path. from: 0 .. 3
+static inline lanes of_state(lanes x, choice from) {
+#if defined(__AVX512F__)
+    return (lanes) _mm512_permutevar_ps((__m512) x, (__m512i) from);
+#else
+    lanes y;
+    for (int l = 0; l < LANES; l++) {
+        y[l] = x[(l & ~(STATES - 1)) + from[l]];
+    }
+    return y;
+#endif
+}
+
+static inline lanes if_else(choice c, lanes a, lanes b) { return (lanes) (((choice) a & c) | ((choice) b & ~c)); }
+
+// What one panel's groups share, all in the order of the path.
+static void prepare(const struct tacq_descent * t, struct tacq_trellis * p) {
+    static __thread double a[GROUP][GROUP], b[GROUP][2*GROUP];
+    p->diagonal = 1;
+    for (int i = 0; i < GROUP; i++) {
+        for (int j = 0; j < GROUP; j++) {
+            p->h[i][j]  = a[i][j] = t->h[order[i]*GROUP + order[j]];
+            p->diagonal &= i == j || a[i][j] == 0.0;
+        }
+    }
+    for (int j = GROUP - 1; j >= 0; j--) {
+        p->d[j] = (float) a[j][j];
+        for (int k = 0; k < j; k++) {
+            p->m[k][j] = (float) (a[j][k]/a[j][j]);
+        }
+        for (int i = 0; i < j; i++) {
+            for (int k = 0; k < j; k++) {
+                a[i][k] -= a[i][j]*a[j][k]/a[j][j];
+            }
+        }
+    }
+    if (t->fresh) {
+        return;
+    }
+    for (int i = 0; i < GROUP; i++) { // Gauss and Jordan: H is positive definite, and small
+        for (int j = 0; j < GROUP; j++) {
+            b[i][j] = p->h[i][j];
+            b[i][GROUP + j] = i == j;
+        }
+    }
+    for (int i = 0; i < GROUP; i++) {
+        const double pivot = 1.0/b[i][i];
+        for (int j = 0; j < 2*GROUP; j++) {
+            b[i][j] *= pivot;
+        }
+        for (int k = 0; k < GROUP; k++) {
+            const double f = b[k][i];
+            for (int j = 0; k != i && j < 2*GROUP; j++) {
+                b[k][j] -= f*b[i][j];
+            }
+        }
+    }
+    for (int i = 0; i < GROUP; i++) {
+        for (int j = 0; j < GROUP; j++) {
+            p->inverse[i][j] = b[i][GROUP + j];
+        }
+    }
+}
+
+// Paths into every state, of SIDES scales; `met` holds what each state costs to begin in. came[j]: state before, and the
+// high bit of the code in bit 2. Returns the costs; begin: the state that each path began in.
+static lanes search(const struct tacq_descent * t, const struct tacq_trellis * p, const float * target, const uint8_t * kept,
+                    lanes scale, lanes met, choice * begin, choice came[GROUP]) {
+    lanes  level[2][STATES], acc[GROUP];
+    choice state;
+    const int n_high = 1 << (t->bits - 2);
+    for (int l = 0; l < LANES; l++) {
+        state[l] = l % STATES;
+        for (int before = 0; before < STATES; before++) {
+            for (int high = 0; high < n_high; high++) {
+                level[high][before][l] = scale[l]*t->levels[16*high + 4*(l % STATES) + before];
+            }
+        }
+    }
+    *begin = state;
+    for (int j = 0; j < GROUP; j++) {
+        acc[j] = (lanes) {0};
+    }
+    for (int j = 0; j < GROUP; j++) {
+        lanes best, err;
+        choice from = {0}, path;
+        if (kept && kept[j]) { // any value, and any code
+            best = of_state(met, from);
+            for (int before = 1; before < STATES; before++) {
+                const lanes cost = of_state(met, (choice) {0} + before);
+                const choice less = cost < best;
+                best = if_else(less, cost, best);
+                from = (less & before) | (from & ~less);
+            }
+            err  = -of_state(acc[j], from);
+            path = from;
+        } else {
+            for (int before = 0; before < STATES; before++) {
+                const choice there = (choice) {0} + before;
+                const lanes  a     = of_state(acc[j], there);
+                choice which = {0} ;
+                which += before;
+                lanes e = level[0][before] - target[j], r = e + a;
+                if (n_high == 2) {
+                    const lanes e1 = level[1][before] - target[j], r1 = e1 + a;
+                    const choice nearer = r1*r1 < r*r;
+                    e = if_else(nearer, e1, e);
+                    r = if_else(nearer, r1, r);
+                    which |= nearer & STATES;
+                }
+                const lanes cost = of_state(met, there) + p->d[j]*(r*r);
+                if (before == 0) {
+                    best = cost; err = e; path = which;
+                } else {
+                    const choice less = cost < best;
+                    best = if_else(less, cost, best);
+                    err  = if_else(less, e, err);
+                    path = (which & less) | (path & ~less);
+                }
+            }
+            from = path & (STATES - 1);
+        }
+        met     = best;
+        came[j] = path;
+        *begin  = (choice) of_state((lanes) *begin, from);
+        if (p->diagonal) {
+            continue;
+        }
+        for (int k = j + 1; k < GROUP; k++) {
+            acc[k] = of_state(acc[k], from) + p->m[j][k]*err;
+        }
+    }
+    return met;
+}
+
+static void trace(const choice came[GROUP], int lane, uint8_t * codes) {
+    const int side = lane & ~(STATES - 1);
+    int state = lane & (STATES - 1);
+    for (int j = GROUP - 1; j >= 0; j--) {
+        const int path = came[j][side + state];
+        codes[j] = (uint8_t) (state | (path & STATES));
+        state    = path & (STATES - 1);
+    }
+}
+
+static inline float level_of(const struct tacq_descent * t, const uint8_t * codes, int j) {
+    return t->levels[4*codes[j] + (codes[(j + GROUP - 1) % GROUP] & 3)];
+}
+
+// Codes one by one, each with the level that it moves behind it, and kept weights, until nothing lowers the loss.
+// e: errors of all weights in/out.
+static void polish(const struct tacq_descent * t, const struct tacq_trellis * p, float scale, const float * target, const uint8_t * kept,
+                   uint8_t * codes, double * e) {
+    double he[GROUP];
+    for (int j = 0; j < GROUP; j++) {
+        he[j] = 0;
+        for (int k = 0; k < GROUP; k++) {
+            he[j] += p->h[j][k]*e[k];
+        }
+    }
+    for (int pass = 0; pass < t->passes; pass++) {
+        int moved = 0;
+        for (int j = 0; j < GROUP; j++) {
+            const int next = (j + 1) % GROUP;
+            const int own_free = kept && kept[j], next_free = kept && kept[next];
+            double best = 0, move_own = 0, move_next = 0;
+            int    code = codes[j];
+            for (int c = 0; c < 1 << t->bits; c++) {
+                if (c == codes[j]) {
+                    continue;
+                }
+                const double own  = own_free  ? 0 : (double) (scale*t->levels[4*c + (codes[(j + GROUP - 1) % GROUP] & 3)]) - target[j] - e[j];
+                const double then = next_free ? 0 : (double) (scale*t->levels[4*codes[next] + (c & 3)]) - target[next] - e[next];
+                const double loss = he[j]*own + he[next]*then + 0.5*(p->h[j][j]*own*own + p->h[next][next]*then*then) + p->h[j][next]*own*then;
+                if (loss < best) {
+                    best = loss; code = c; move_own = own; move_next = then;
+                }
+            }
+            if (own_free) {
+                move_own = -(he[j] + p->h[j][next]*move_next)/p->h[j][j];
+            }
+            if (code != codes[j] || own_free) {
+                moved |= code != codes[j];
+                codes[j] = (uint8_t) code;
+                e[j]    += move_own;
+                e[next] += move_next;
+                for (int k = 0; k < GROUP; k++) {
+                    he[k] += p->h[k][j]*move_own + p->h[k][next]*move_next;
+                }
+            }
+        }
+        if (!moved) {
+            break;
+        }
+    }
+}
+
+// Scale bytes worth trying: around the one under which the table has the group's size, or around the present one.
+static int candidates(const struct tacq_descent * t, const float * target, const uint8_t * kept, uint8_t present, uint8_t * bytes) {
+    int centre = present & 0x7f, n = 0;
+    double sum = 0, table = 0;
+    for (int j = 0; j < GROUP; j++) {
+        sum += kept && kept[j] ? 0.0 : (double) target[j]*target[j];
+        n   += !(kept && kept[j]);
+    }
+    for (int i = 0; i < 4 << t->bits; i++) {
+        table += (double) t->levels[i]*t->levels[i]/(4 << t->bits);
+    }
+    if (!(sum > 0)) {
+        return 0;
+    }
+    if (t->fresh || centre == 0) {
+        const double wanted = sqrt(sum/n/table);
+        centre = 1;
+        while (centre < 127 && t->scale_of_byte[centre] < wanted) {
+            centre++;
+        }
+    }
+    n = 0;
+    for (int sign = 0; sign < 2; sign++) {
+        for (int k = centre - t->below; k <= centre + t->above; k++) {
+            if (k >= 1 && k <= 127) {
+                bytes[n++] = (uint8_t) (sign << 7 | k);
+            }
+        }
+    }
+    return n;
+}
+
+static void descend_group(const struct tacq_descent * t, const struct tacq_trellis * p, int64_t r) {
+    float   * v      = t->values + r*GROUP;
+    float   * base   = t->base   + r*GROUP;
+    float   * change = t->change + r*GROUP;
+    uint8_t * codes  = t->codes  + r*GROUP;
+    const float * g  = t->gradient + r*GROUP;
+    float   target[GROUP], before[GROUP];
+    uint8_t mask[GROUP], bytes[256], found[GROUP];
+    const uint8_t * kept = NULL;
+
+    for (int j = 0; j < GROUP; j++) {
+        before[j] = v[order[j]];
+        if (t->kept && t->kept[r*GROUP + order[j]]) {
+            if (!kept) {
+                memset(mask, 0, sizeof(mask));
+            }
+            kept = mask;
+            mask[j] = 1;
+        }
+    }
+    for (int j = 0; j < GROUP; j++) {
+        double wanted = before[j];
+        for (int k = 0; k < GROUP && !t->fresh; k++) {
+            wanted -= p->inverse[j][k]*g[order[k]];
+        }
+        target[j] = (float) wanted;
+    }
+    memset(change, 0, sizeof(before));
+    const int n = candidates(t, target, kept, t->bytes[r], bytes);
+    if (n == 0) {            // all weights are 0, or kept
+        if (t->fresh) {
+            t->bytes[r] = 0;
+            for (int j = 0; j < GROUP; j++) {
+                codes[j]  = 0;
+                base[j]   = 0.0f;
+            }
+        }
+        return;
+    }
+    // free to begin anywhere: what the scale can give at best, and a closed path if its ends happen to meet
+    float   bound[256], best = INFINITY;
+    uint8_t byte = 0;
+    choice  came[GROUP], begin;
+    for (int i = 0; i < n; i += SIDES) {
+        lanes scale;
+        for (int l = 0; l < LANES; l++) {
+            scale[l] = t->scale_of_byte[bytes[i + l/STATES < n ? i + l/STATES : i]];
+        }
+        const lanes cost = search(t, p, target, kept, scale, (lanes) {0}, &begin, came);
+        int closed = -1;
+        for (int s = 0; s < SIDES && i + s < n; s++) {
+            bound[i + s] = INFINITY;
+            for (int l = s*STATES; l < (s + 1)*STATES; l++) {
+                if (cost[l] < bound[i + s]) {
+                    bound[i + s] = cost[l];
+                }
+                if (begin[l] == l % STATES && cost[l] < best) {
+                    best   = cost[l];
+                    byte   = bytes[i + s];
+                    closed = l;
+                }
+            }
+        }
+        if (closed >= 0) {
+            trace(came, closed, found);
+        }
+    }
+    for (int top = 0; top < t->closed; top++) {
+        int least = 0;
+        for (int i = 1; i < n; i++) {
+            least = bound[i] < bound[least] ? i : least;
+        }
+        if (!(bound[least] < best)) {
+            break;
+        }
+        bound[least] = INFINITY;
+        lanes cost;
+        for (int l = 0; l < LANES; l++) {
+            cost[l] = l % STATES == l/STATES ? 0.0f : FAR;
+        }
+        cost = search(t, p, target, kept, (lanes) {0} + t->scale_of_byte[bytes[least]], cost, &begin, came);
+        for (int s = 0; s < STATES; s++) {
+            if (cost[s*STATES + s] < best) {
+                best = cost[s*STATES + s];
+                byte = bytes[least];
+                trace(came, s*STATES + s, found);
+            }
+        }
+    }
+    const float scale = t->scale_of_byte[byte];
+    double e[GROUP];
+    for (int j = 0; j < GROUP; j++) {
+        e[j] = (double) (scale*level_of(t, found, j)) - target[j];
+        if (kept && kept[j]) { // as the search left it
+            e[j] = 0;
+        }
+    }
+    if (kept) { // the kept weights' best errors, one after the other, before codes move
+        for (int j = 0; j < GROUP; j++) {
+            for (int k = 0; k < j && kept[j]; k++) {
+                e[j] -= p->m[k][j]*e[k];
+            }
+        }
+    }
+    polish(t, p, scale, target, kept, found, e);
+
+    float after[GROUP];
+    double loss = 0;
+    for (int j = 0; j < GROUP; j++) {
+        after[j] = kept && kept[j] ? (float) (target[j] + e[j]) : scale*level_of(t, found, j);
+    }
+    if (!t->fresh) {
+        for (int j = 0; j < GROUP; j++) {
+            double hd = 0;
+            for (int k = 0; k < GROUP; k++) {
+                hd += p->h[j][k]*((double) after[k] - before[k]);
+            }
+            loss += ((double) after[j] - before[j])*(g[order[j]] + 0.5*hd);
+        }
+        if (!(loss < 0)) {
+            return;
+        }
+    }
+    t->bytes[r] = byte;
+    for (int j = 0; j < GROUP; j++) {
+        const int i = order[j];
+        codes[i]  = found[j];
+        base[i]   = scale*level_of(t, found, j);
+        v[i]      = after[j];
+        change[i] = after[j] - before[j];
+    }
+}
+
+void tacq_descend_trellis(const struct tacq_descent * t, int64_t first_row, int64_t end_row) {
+    static __thread struct tacq_trellis p;
+    prepare(t, &p);
+    for (int64_t r = first_row; r < end_row; r++) {
+        descend_group(t, &p, r);
+    }
+}
