@@ -35,10 +35,18 @@ static inline lanes of_state(lanes x, choice from) {
 #endif
 }
 
+#define EVERY(x) ((x) - (choice) {0})
+
 static inline lanes if_else(choice c, lanes a, lanes b) { return (lanes) (((choice) a & c) | ((choice) b & ~c)); }
 
 // What one panel's groups share, all in the order of the path.
 static void prepare(const struct tacq_descent * t, struct tacq_trellis * p) {
+    for (int i = 0; i < 4 << t->bits; i++) { // 4*code + before, code = 4*high + state
+        for (int l = i/4 % STATES; l < LANES; l += STATES) {
+            p->levels[i/16][i % STATES][l] = t->levels[i];
+        }
+        p->power += (double) t->levels[i]*t->levels[i]/(4 << t->bits);
+    }
     static __thread double a[GROUP][GROUP], b[GROUP][2*GROUP];
     p->diagonal = 1;
     for (int i = 0; i < GROUP; i++) {
@@ -88,20 +96,16 @@ static void prepare(const struct tacq_descent * t, struct tacq_trellis * p) {
 
 // Paths into every state, of SIDES scales; `met` holds what each state costs to begin in. came[j]: state before, and the
 // high bit of the code in bit 2. Returns the costs; begin: the state that each path began in.
-static lanes search(const struct tacq_descent * t, const struct tacq_trellis * p, const float * target, const uint8_t * kept,
-                    lanes scale, lanes met, choice * begin, choice came[GROUP]) {
-    lanes  level[2][STATES], acc[GROUP];
-    choice state;
-    const int n_high = 1 << (t->bits - 2);
-    for (int l = 0; l < LANES; l++) {
-        state[l] = l % STATES;
-        for (int before = 0; before < STATES; before++) {
-            for (int high = 0; high < n_high; high++) {
-                level[high][before][l] = scale[l]*t->levels[16*high + 4*(l % STATES) + before];
-            }
+static inline lanes search(const int bits, const struct tacq_trellis * p, const float * target, const uint8_t * kept, lanes scale, lanes met,
+                           choice * begin, choice came[GROUP]) {
+    const int n_high = 1 << (bits - 2);
+    lanes level[2][STATES], acc[GROUP];
+    for (int before = 0; before < STATES; before++) {
+        for (int high = 0; high < n_high; high++) {
+            level[high][before] = scale*p->levels[high][before];
         }
     }
-    *begin = state;
+    *begin = (choice) { 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3 };
     for (int j = 0; j < GROUP; j++) {
         acc[j] = (lanes) {0};
     }
@@ -220,21 +224,18 @@ static void polish(const struct tacq_descent * t, const struct tacq_trellis * p,
 }
 
 // Scale bytes worth trying: around the one under which the table has the group's size, or around the present one.
-static int candidates(const struct tacq_descent * t, const float * target, const uint8_t * kept, uint8_t present, uint8_t * bytes) {
+static int candidates(const struct tacq_descent * t, const struct tacq_trellis * p, const float * target, const uint8_t * kept, uint8_t present, uint8_t * bytes) {
     int centre = present & 0x7f, n = 0;
-    double sum = 0, table = 0;
+    double sum = 0;
     for (int j = 0; j < GROUP; j++) {
         sum += kept && kept[j] ? 0.0 : (double) target[j]*target[j];
         n   += !(kept && kept[j]);
-    }
-    for (int i = 0; i < 4 << t->bits; i++) {
-        table += (double) t->levels[i]*t->levels[i]/(4 << t->bits);
     }
     if (!(sum > 0)) {
         return 0;
     }
     if (t->fresh || centre == 0) {
-        const double wanted = sqrt(sum/n/table);
+        const double wanted = sqrt(sum/n/p->power);
         centre = 1;
         while (centre < 127 && t->scale_of_byte[centre] < wanted) {
             centre++;
@@ -251,7 +252,7 @@ static int candidates(const struct tacq_descent * t, const float * target, const
     return n;
 }
 
-static void descend_group(const struct tacq_descent * t, const struct tacq_trellis * p, int64_t r) {
+static inline void descend_group(const int bits, const struct tacq_descent * t, const struct tacq_trellis * p, int64_t r) {
     float   * v      = t->values + r*GROUP;
     float   * base   = t->base   + r*GROUP;
     float   * change = t->change + r*GROUP;
@@ -279,7 +280,7 @@ static void descend_group(const struct tacq_descent * t, const struct tacq_trell
         target[j] = (float) wanted;
     }
     memset(change, 0, sizeof(before));
-    const int n = candidates(t, target, kept, t->bytes[r], bytes);
+    const int n = candidates(t, p, target, kept, t->bytes[r], bytes);
     if (n == 0) {            // all weights are 0, or kept
         if (t->fresh) {
             t->bytes[r] = 0;
@@ -299,7 +300,7 @@ static void descend_group(const struct tacq_descent * t, const struct tacq_trell
         for (int l = 0; l < LANES; l++) {
             scale[l] = t->scale_of_byte[bytes[i + l/STATES < n ? i + l/STATES : i]];
         }
-        const lanes cost = search(t, p, target, kept, scale, (lanes) {0}, &begin, came);
+        const lanes cost = search(bits, p, target, kept, scale, (lanes) {0}, &begin, came);
         int closed = -1;
         for (int s = 0; s < SIDES && i + s < n; s++) {
             bound[i + s] = INFINITY;
@@ -331,7 +332,7 @@ static void descend_group(const struct tacq_descent * t, const struct tacq_trell
         for (int l = 0; l < LANES; l++) {
             cost[l] = l % STATES == l/STATES ? 0.0f : FAR;
         }
-        cost = search(t, p, target, kept, (lanes) {0} + t->scale_of_byte[bytes[least]], cost, &begin, came);
+        cost = search(bits, p, target, kept, (lanes) {0} + t->scale_of_byte[bytes[least]], cost, &begin, came);
         for (int s = 0; s < STATES; s++) {
             if (cost[s*STATES + s] < best) {
                 best = cost[s*STATES + s];
@@ -386,8 +387,13 @@ static void descend_group(const struct tacq_descent * t, const struct tacq_trell
 
 void tacq_descend_trellis(const struct tacq_descent * t, int64_t first_row, int64_t end_row) {
     static __thread struct tacq_trellis p;
+    p.power = 0;
     prepare(t, &p);
     for (int64_t r = first_row; r < end_row; r++) {
-        descend_group(t, &p, r);
+        if (t->bits == 2) {
+            descend_group(2, t, &p, r);
+        } else {
+            descend_group(3, t, &p, r);
+        }
     }
 }
