@@ -40,6 +40,7 @@ typedef int32_t choice __attribute__((vector_size(LANES*sizeof(int32_t)))); // -
 struct tacq_trellis {
     lanes   levels[2][4];          // [high bit of the code][state before]: the level of a code that leads to the lane's state
     double  power;                 // mean square of the table
+    double  largest;               // magnitude in it
     double  h[GROUP][GROUP];
     double  inverse[GROUP][GROUP];
     float   m[GROUP][GROUP];       // m[i][j], i < j: what the error of i adds to that of j

@@ -24,11 +24,11 @@ from ..runtime.build import machine_identity
 from ..runtime.source import cache_dir
 
 _SOURCES = [Path(__file__).with_name(name) for name in ("group_descent.c", "group_trellis.c")]
-_HEADER = Path(__file__).with_name("group_descent.h")
+_HEADERS = [Path(__file__).with_name(name) for name in ("group_descent.h", "trellis_search.h")]
 # How many scale steps around the one that a group's size asks for are tried, below and above: for 4 bits around the
 # first that does not clip the largest weight, which may be clipped to half; else around the one under which the table
 # has the group's mean square (measured in tools/LOG.md).
-SEARCH_WINDOW = {2: (2, 2), 3: (2, 2), 4: (4, 2)}
+SEARCH_WINDOW = {2: (2, 2), 3: (2, 2), 4: (4, 3)}
 CLOSED = 2  # scales whose paths are closed from every state, those of least cost (group_trellis.c)
 # No fused multiply-add where the source has two operations: a file then has the same bytes whatever machine wrote it.
 _FLAGS = ["-std=c11", "-O3", "-ffp-contract=off", "-shared", "-fPIC"]
@@ -54,7 +54,7 @@ def _library() -> ctypes.CDLL:
         raise TacqError(
             "There is no C compiler for the quantizer; install one (on Debian and Ubuntu: sudo apt-get install gcc)."
         )
-    decisive = [*(path.read_text() for path in [*_SOURCES, _HEADER]), *_FLAGS, *_SPEED_FLAGS, compiler, machine_identity()]
+    decisive = [*(path.read_text() for path in [*_SOURCES, *_HEADERS]), *_FLAGS, *_SPEED_FLAGS, compiler, machine_identity()]
     key = hashlib.sha256("\n".join(decisive).encode()).hexdigest()[:16]
     target = cache_dir() / "quantizer" / f"group_descent-{key}.so"
     if not target.is_file():
