@@ -2,47 +2,38 @@
 other.
 
 Written from the docstrings of group_descent.c and quantize_gptq.py, with explicit matrices: what the tests hold the C
-against.
+against. naive_trellis.py has the choice for types whose codes form a trellis.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
+from naive_trellis import best_ring
+
 from tacq_export.format.block_codec import CODECS
 
-WINDOW = {2: (4, 1), 3: (6, 1), 4: (8, 4)}  # scales below and above the least that does not clip
+WINDOW = (4, 3)  # scales of TACQ4 below and above the least that does not clip
 
 
-def values_of_byte(bits: int, byte: int) -> np.ndarray:
-    """float64 [2**bits]: what the codes of a group mean under a scale byte."""
-    codec = CODECS[bits]
-    return float(codec.scale_of_byte[byte]) * np.array(codec.levels[codec.codebook_of_byte[byte]], float)
+def values_of_byte(byte: int) -> np.ndarray:
+    """float64 [16]: what the codes of a TACQ4 group mean under a scale byte."""
+    return float(CODECS[4].scale_of_byte[byte]) * np.array(CODECS[4].levels, float)
 
 
-def candidate_bytes(bits: int, peak: float) -> list[int]:
-    """Every sign and codebook, and the window of scales around the least one under which `peak` is not clipped."""
-    codec, (below, above) = CODECS[bits], WINDOW[bits]
-    found = []
-    for book, levels in enumerate(codec.levels):
-        reach = codec.magnitudes.astype(float) * max(map(abs, levels))
-        reach[-1] = np.inf  # beyond the range the largest scale has to do
-        least = max(int(np.flatnonzero(reach >= peak)[0]), 1)
-        for sign in (0, 128):
-            found += [
-                sign | book << codec.scale_bits | k
-                for k in range(least - below, least + above + 1)
-                if 1 <= k < len(reach)
-            ]
-    return found
+def candidate_bytes(peak: float) -> list[int]:
+    """Both signs, and the window of scales around the least one under which `peak` is not clipped."""
+    reach = CODECS[4].magnitudes.astype(float) * max(map(abs, CODECS[4].levels))
+    reach[-1] = np.inf  # beyond the range the largest scale has to do
+    least = max(int(np.flatnonzero(reach >= peak)[0]), 1)
+    ks = [k for k in range(least - WINDOW[0], least + WINDOW[1] + 1) if 1 <= k < len(reach)]
+    return [sign | k for sign in (0, 128) for k in ks]
 
 
-def descend(
-    bits: int, byte: int, h: np.ndarray, gradient: np.ndarray, values: np.ndarray, kept: np.ndarray, passes: int
-):
+def descend(byte: int, h: np.ndarray, gradient: np.ndarray, values: np.ndarray, kept: np.ndarray, passes: int):
     """(codes, base values, values) after `passes` over one group: each weight in turn gets the level of least loss, a
     kept one the least loss itself."""
-    grid = values_of_byte(bits, byte)
+    grid = values_of_byte(byte)
     v, codes = values.copy(), np.zeros(len(values), np.uint8)
     for _ in range(passes):
         for j in range(len(v)):
@@ -71,21 +62,23 @@ def best_group(
     present: the byte it has, None if it has none yet; codes: those under it. A group keeps what it has unless that
     lowers the loss.
     """
+    if CODECS[bits].trellis:
+        return best_ring(bits, h, gradient, values, kept, present, codes, passes)
     shown = (values - gradient / h.diagonal() if present is None else values)[~kept]
     peak = np.abs(shown).max() if len(shown) else 0.0
-    bytes_tried = candidate_bytes(bits, peak) if peak > 0 else []
+    bytes_tried = candidate_bytes(peak) if peak > 0 else []
     if present is not None and CODECS[bits].scale_of_byte[present] != 0:
         bytes_tried.append(present)
     best, byte = (np.inf if present is None else 0.0), None
     for tried in bytes_tried:
-        change = loss_change(h, gradient, descend(bits, tried, h, gradient, values, kept, 1)[2] - values)
+        change = loss_change(h, gradient, descend(tried, h, gradient, values, kept, 1)[2] - values)
         if change < best:
             best, byte = change, tried
     if byte is not None:
-        return byte, *descend(bits, byte, h, gradient, values, kept, passes)
+        return byte, *descend(byte, h, gradient, values, kept, passes)
     if present is None:
         return 0, np.zeros(len(values), np.uint8), np.zeros(len(values)), np.where(kept, values, 0.0)
-    return present, codes, values_of_byte(bits, present)[codes], values
+    return present, codes, values_of_byte(present)[codes], values
 
 
 def damped(hessian: np.ndarray, damping: float) -> np.ndarray:

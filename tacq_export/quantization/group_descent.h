@@ -48,4 +48,5 @@ struct tacq_trellis {
     int32_t diagonal;              // no error adds to another
 };
 
+void tacq_descend        (const struct tacq_descent * t, int64_t first_row, int64_t end_row);
 void tacq_descend_trellis(const struct tacq_descent * t, int64_t first_row, int64_t end_row);

@@ -47,9 +47,6 @@ static void prepare(const struct tacq_descent * t, struct tacq_trellis * p) {
             }
         }
     }
-    if (t->fresh) {
-        return;
-    }
     for (int i = 0; i < GROUP; i++) { // Gauss and Jordan: H is positive definite, and small
         for (int j = 0; j < GROUP; j++) {
             b[i][j] = p->h[i][j];
@@ -80,9 +77,9 @@ static inline float level_of(const struct tacq_descent * t, const uint8_t * code
 }
 
 // Codes one by one, each with the level that it moves behind it, and kept weights, until nothing lowers the loss.
-// e: errors of all weights in/out.
+// e: errors of all weights in/out. after: the weights' values.
 static void polish(const struct tacq_descent * t, const struct tacq_trellis * p, float scale, const float * target, const uint8_t * kept,
-                   uint8_t * codes, double * e) {
+                   uint8_t * codes, double * e, float * after) {
     double he[GROUP];
     for (int j = 0; j < GROUP; j++) {
         he[j] = 0;
@@ -121,10 +118,26 @@ static void polish(const struct tacq_descent * t, const struct tacq_trellis * p,
                 }
             }
         }
-        if (!moved) {
+        if (!moved && !kept) { // kept weights come nearer to their least loss in each pass
             break;
         }
     }
+    for (int j = 0; j < GROUP; j++) {
+        after[j] = kept && kept[j] ? (float) (target[j] + e[j]) : scale*level_of(t, codes, j);
+    }
+}
+
+// The loss with the values `after` less that with the values `before`.
+static double change_of_loss(const struct tacq_trellis * p, const float * before, const float * after, const float * gradient) {
+    double loss = 0;
+    for (int j = 0; j < GROUP; j++) {
+        double hd = 0;
+        for (int k = 0; k < GROUP; k++) {
+            hd += p->h[j][k]*((double) after[k] - before[k]);
+        }
+        loss += ((double) after[j] - before[j])*(gradient[j] + 0.5*hd);
+    }
+    return loss;
 }
 
 // Scale bytes worth trying: both signs, scales around the one under which the table has the group's mean square and up to the one
@@ -243,13 +256,13 @@ static inline void descend_group(const int bits, const struct tacq_descent * t, 
     float   * base   = t->base   + r*GROUP;
     float   * change = t->change + r*GROUP;
     uint8_t * codes  = t->codes  + r*GROUP;
-    const float * g  = t->gradient + r*GROUP;
-    float   target[GROUP], before[GROUP];
+    float   target[GROUP], before[GROUP], gradient[GROUP];
     uint8_t mask[GROUP], bytes[256], found[GROUP];
     const uint8_t * kept = NULL;
 
     for (int j = 0; j < GROUP; j++) {
-        before[j] = v[order[j]];
+        before[j]   = v[order[j]];
+        gradient[j] = t->gradient[r*GROUP + order[j]];
         if (t->kept && t->kept[r*GROUP + order[j]]) {
             if (!kept) {
                 memset(mask, 0, sizeof(mask));
@@ -260,8 +273,8 @@ static inline void descend_group(const int bits, const struct tacq_descent * t, 
     }
     for (int j = 0; j < GROUP; j++) {
         double wanted = before[j];
-        for (int k = 0; k < GROUP && !t->fresh; k++) {
-            wanted -= p->inverse[j][k]*g[order[k]];
+        for (int k = 0; k < GROUP; k++) {
+            wanted -= p->inverse[j][k]*gradient[k];
         }
         target[j] = (float) wanted;
     }
@@ -277,26 +290,24 @@ static inline void descend_group(const int bits, const struct tacq_descent * t, 
         }
         return;
     }
-    const uint8_t byte  = choose(bits, t, p, target, kept, bytes, n, found);
-    const float   scale = t->scale_of_byte[byte];
-    double e[GROUP];
+    uint8_t byte  = choose(bits, t, p, target, kept, bytes, n, found);
+    float   scale = t->scale_of_byte[byte];
+    float   after[GROUP];
+    double  e[GROUP];
     errors_of(t, p, scale, target, kept, found, e);
-    polish(t, p, scale, target, kept, found, e);
-
-    float after[GROUP];
-    double loss = 0;
-    for (int j = 0; j < GROUP; j++) {
-        after[j] = kept && kept[j] ? (float) (target[j] + e[j]) : scale*level_of(t, found, j);
-    }
-    if (!t->fresh) {
-        for (int j = 0; j < GROUP; j++) {
-            double hd = 0;
-            for (int k = 0; k < GROUP; k++) {
-                hd += p->h[j][k]*((double) after[k] - before[k]);
-            }
-            loss += ((double) after[j] - before[j])*(g[order[j]] + 0.5*hd);
+    polish(t, p, scale, target, kept, found, e, after);
+    if (!t->fresh && !(change_of_loss(p, before, after, gradient) < 0)) {
+        if (!kept) {
+            return;
         }
-        if (!(loss < 0)) {
+        byte  = t->bytes[r]; // the present codes, but kept weights may still move
+        scale = t->scale_of_byte[byte];
+        for (int j = 0; j < GROUP; j++) {
+            found[j] = codes[order[j]];
+            e[j]     = (double) before[j] - target[j];
+        }
+        polish(t, p, scale, target, kept, found, e, after);
+        if (!(change_of_loss(p, before, after, gradient) < 0)) {
             return;
         }
     }

@@ -1,8 +1,8 @@
 // One call of tacq_descend on data from a file, for the test that runs it on another processor: run_descent IN OUT.
-// IN: nine int32 (bits, books, bits of the scale, passes, below, above, fresh, whether there are kept weights, rows), then
+// IN: nine int32 (bits, number of levels, passes, below, above, closed, fresh, whether there are kept weights, rows), then
 // the arrays in the order of `read_part` below. OUT: values, base, change, codes, bytes.
 
-#include "group_descent.c"
+#include "group_descent.h"
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -29,10 +29,9 @@ int main(int argc, char ** argv) {
     }
     const int32_t * size = read_part(in, 9*sizeof(int32_t));
     const size_t rows = (size_t) size[8], floats = rows*GROUP*sizeof(float);
-    struct tacq_descent t = { .bits = size[0], .n_books = size[1], .scale_bits = size[2], .passes = size[3],
-                              .below = size[4], .above = size[5], .fresh = size[6] };
+    struct tacq_descent t = { .bits = size[0], .passes = size[2], .below = size[3], .above = size[4], .closed = size[5], .fresh = size[6] };
     t.scale_of_byte = read_part(in, 256*sizeof(float));
-    t.levels        = read_part(in, ((size_t) t.n_books << t.bits)*sizeof(float));
+    t.levels        = read_part(in, (size_t) size[1]*sizeof(float));
     t.h             = read_part(in, GROUP*GROUP*sizeof(float));
     const uint8_t * kept = read_part(in, rows*GROUP);
     t.kept          = size[7] ? kept : NULL;

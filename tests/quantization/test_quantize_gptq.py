@@ -6,11 +6,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from naive_descent import damped, loss_of, naive_gptq, values_of_byte
+from naive_descent import damped, loss_of, naive_gptq
 
 from tacq_export.calibration.hessian import inverse_hessian_cholesky, shrink
 from tacq_export.config import ExportConfig
 from tacq_export.errors import TacqError
+from tacq_export.format.block_codec import dequantize_blocks
 from tacq_export.format.gguf_file import open_gguf, tensor_values
 from tacq_export.pipeline import export
 from tacq_export.quantization import quantize_rows
@@ -107,9 +108,13 @@ def test_no_single_change_of_a_code_lowers_the_loss_after_many_sweeps(bits):
     gradient, total = d @ h, np.einsum("ri,ij,rj->", d, h, d)
     best = 0.0
     for r, j in np.argwhere(~kept.numpy()):
-        byte = int(result.scale_bytes[r, j // 32])
-        step = values_of_byte(bits, byte) - values_of_byte(bits, byte)[result.codes[r, j]]
-        best = min(best, float((2 * gradient[r, j] * step + h[j, j] * step**2).min()))
+        g, own = j // 32, slice(j // 32 * 32, j // 32 * 32 + 32)
+        tried = result.codes[r, own].numpy()[None].repeat(1 << bits, 0)
+        tried[:, j % 32] = np.arange(1 << bits)
+        bytes_of_all = np.full((1 << bits, 1), int(result.scale_bytes[r, g]), np.uint8)
+        grid = dequantize_blocks(bits, tried, bytes_of_all).astype(float)
+        steps = np.where(kept[r, own].numpy(), 0.0, grid - grid[result.codes[r, j]])  # of the code behind it, too
+        best = min(best, float((2 * steps @ gradient[r, own] + ((steps @ h[own, own]) * steps).sum(1)).min()))
     assert best > -1e-5 * total
     # At a kept weight of a group with a scale, nothing is left of the gradient.
     used = kept.numpy() & np.repeat(result.scale_bytes.numpy() != 0, 32, axis=1)
@@ -170,9 +175,11 @@ def test_without_correlation_gptq_is_plain_rounding(bits):
     """H diagonal: nothing to feed forward."""
     weights = problem(60)[0]
     diagonal = torch.linspace(1, 9, COLUMNS)
-    result = quantize_gptq(bits, weights, torch.diag(diagonal), None, DAMPING)
+    result = quantize_gptq(bits, weights, torch.diag(diagonal), None, DAMPING, sweeps=0)
     codes, scale_bytes = round_to_nearest(bits, weights, diagonal)
     assert torch.equal(result.codes, codes) and torch.equal(result.scale_bytes, scale_bytes)
+    swept = quantize_gptq(bits, weights, torch.diag(diagonal), None, DAMPING)
+    assert 0.99 * result.error < swept.error <= result.error, "a sweep looks around the scale that was found"
 
 
 def test_all_weights_kept_is_exact():

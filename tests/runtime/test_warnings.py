@@ -11,7 +11,7 @@ from tacq_export.runtime.source import cpp_ext_dir, source_tree
 
 SOURCES = [
     *sorted(p for p in cpp_ext_dir().rglob("*") if p.suffix in (".c", ".cpp")),
-    Path(tacq_export.__file__).parent / "quantization" / "group_descent.c",
+    *sorted((Path(tacq_export.__file__).parent / "quantization").glob("*.c")),
     Path(__file__).parents[1] / "check_kernels.c",
 ]
 
