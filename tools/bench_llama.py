@@ -132,7 +132,7 @@ def make_file(model: Path, type_name: str, ends: str, workdir: Path, reporter: R
             return done[key]
 
         planned.append(PlannedTensor(tensor.name, shape, gguf_type(wanted), data))
-    write_gguf(path, reader, planned, {"general.file_type": 0, "tacq.format_version": 1}, reporter)
+    write_gguf(path, reader, planned, {"general.file_type": 0, "tacq.format_version": FORMAT_VERSION}, reporter)
     return path
 
 

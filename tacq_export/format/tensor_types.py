@@ -15,7 +15,7 @@ from ..errors import TacqError
 
 BLOCK_SIZE = 64
 GROUP_SIZE = 32
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 SPARSE_DENSITIES = (1, 2, 3, 4, 6, 8, 12, 16)
 _BASE_BYTES = {2: 18, 3: 26, 4: 34}
 
