@@ -35,7 +35,7 @@ class BlockCodec:
     levels: of a TACQ4 code; of a TACQ2 or TACQ3 code and the one before it, at 4 * code + (code before) % 4.
     A scale byte holds a sign (bit 7) and `k` (bits 0 to 6). The scale is 0 for k = 0, else the float32 whose bit pattern
     is origin + k * step: logarithmic steps with a linear mantissa. `search_below` and `search_above` are how many steps
-    around the scale that a group's size asks for the reference quantizer looks.
+    around the scale that a group asks for the reference quantizer looks (quantize_ref.py).
     """
 
     bits: int

@@ -30,11 +30,11 @@ def quantize_ref(bits: int, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray
     best_byte = np.zeros(len(groups), dtype=np.uint8)
     best_codes = np.zeros(groups.shape, dtype=np.uint8)
     some = np.abs(groups).max(axis=1) > 0
-    centre = _centre(codec, groups)
+    first, last = _window(codec, groups)
     for sign in (0, 1):
-        for offset in range(-codec.search_below, codec.search_above + 1):
-            k = centre + offset
-            where = np.flatnonzero(some & (k >= 1) & (k <= K_MAX))
+        for offset in range(int((last - first).max()) + 1):
+            k = first + offset
+            where = np.flatnonzero(some & (k >= 1) & (k <= last))
             if len(where) == 0:
                 continue
             byte = ((sign << 7) | k[where]).astype(np.uint8)
@@ -46,18 +46,21 @@ def quantize_ref(bits: int, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray
     return best_codes.reshape(w.shape), best_byte.reshape(*w.shape[:-1], -1)
 
 
-def _centre(codec: BlockCodec, groups: np.ndarray) -> np.ndarray:
-    """int64 [groups]: the k around which scales are tried. TACQ4: the least scale that does not clip. Trellis: the least
-    under which the mean square of the table is not below that of the group."""
+def _window(codec: BlockCodec, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(int64 [groups], int64 [groups]): the first and the last k to try. TACQ4: around the least scale that does not clip.
+    Trellis: around the least under which the mean square of the table is not below that of the group, and at least up to
+    the one that does not clip."""
+    peak = np.searchsorted(codec.magnitudes * np.float32(codec.largest), np.abs(groups).max(axis=1))
     if not codec.trellis:
-        reach = codec.magnitudes * np.float32(codec.largest)
-        return np.minimum(np.searchsorted(reach, np.abs(groups).max(axis=1)), K_MAX)
+        peak = np.minimum(peak, K_MAX)
+        return peak - codec.search_below, np.minimum(peak + codec.search_above, K_MAX)
     power = np.zeros(len(groups))
     for i in range(GROUP_SIZE):
         power += groups[:, i].astype(np.float64) * groups[:, i].astype(np.float64)
     squares = sum(level * level for level in codec.levels)
     reach = codec.magnitudes.astype(np.float64) * codec.magnitudes.astype(np.float64) * float(squares)
-    return np.minimum(np.searchsorted(reach, power * (len(codec.levels) / GROUP_SIZE)), K_MAX)
+    usual = np.minimum(np.searchsorted(reach, power * (len(codec.levels) / GROUP_SIZE)), K_MAX)
+    return usual - codec.search_below, np.minimum(np.maximum(usual + codec.search_above, peak), K_MAX)
 
 
 def _nearest(codec: BlockCodec, groups: np.ndarray, scale: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -33,16 +33,19 @@ struct tacq_descent {
 
 _Static_assert(sizeof(struct tacq_descent) == 6*4 + 2*8 + 8*8, "group_descent.py has the same layout");
 
-// H of a panel as the search sees it, in the order of the path
+typedef float   lanes  __attribute__((vector_size(LANES*sizeof(float))));   // a vector type of GCC and clang, on any machine
+typedef int32_t choice __attribute__((vector_size(LANES*sizeof(int32_t)))); // -1 where a comparison holds, else 0
+
+// What the groups of a panel share, in the order of the ring
 struct tacq_trellis {
+    lanes   levels[2][4];          // [high bit of the code][state before]: the level of a code that leads to the lane's state
+    double  power;                 // mean square of the table
+    double  largest;               // magnitude in it
     double  h[GROUP][GROUP];
     double  inverse[GROUP][GROUP];
     float   m[GROUP][GROUP];       // m[i][j], i < j: what the error of i adds to that of j
     float   d[GROUP];
     int32_t diagonal;              // no error adds to another
 };
-
-typedef float   lanes  __attribute__((vector_size(LANES*sizeof(float))));   // a vector type of GCC and clang, on any machine
-typedef int32_t choice __attribute__((vector_size(LANES*sizeof(int32_t)))); // -1 where a comparison holds, else 0
 
 void tacq_descend_trellis(const struct tacq_descent * t, int64_t first_row, int64_t end_row);

@@ -1,4 +1,4 @@
-"""Binding of group_descent.c: compiled once into the cache, with the C compiler that also builds the runtime.
+"""Binding of group_descent.c and group_trellis.c: compiled once into the cache, with the C compiler that also builds the runtime.
 
 The inner loop of the quantizer takes a few hundred dependent operations a group of 32 weights, for which torch would
 start one kernel each.
@@ -22,9 +22,14 @@ from ..format.block_codec import CODECS
 from ..format.tensor_types import GROUP_SIZE
 from ..runtime.build import machine_identity
 from ..runtime.source import cache_dir
-from .fit_groups import SEARCH_WINDOW, codec_tables
 
-_SOURCE = Path(__file__).with_name("group_descent.c")
+_SOURCES = [Path(__file__).with_name(name) for name in ("group_descent.c", "group_trellis.c")]
+_HEADERS = [Path(__file__).with_name(name) for name in ("group_descent.h", "trellis_search.h")]
+# How many scale steps around the one that a group's size asks for are tried, below and above: for 4 bits around the
+# first that does not clip the largest weight, which may be clipped to half; else around the one under which the table
+# has the group's mean square (measured in tools/LOG.md).
+SEARCH_WINDOW = {2: (2, 2), 3: (2, 2), 4: (4, 3)}
+CLOSED = 2  # scales whose paths are closed from every state, those of least cost (group_trellis.c)
 # No fused multiply-add where the source has two operations: a file then has the same bytes whatever machine wrote it.
 _FLAGS = ["-std=c11", "-O3", "-ffp-contract=off", "-shared", "-fPIC"]
 # For speed alone. A compiler of another architecture, or an older one, has not all of them.
@@ -35,9 +40,8 @@ class _Descent(ctypes.Structure):
     """struct tacq_descent."""
 
     _fields_ = (
-        [(name, ctypes.c_int32) for name in ("bits", "n_books", "scale_bits", "passes")]
+        [(name, ctypes.c_int32) for name in ("bits", "passes", "below", "above", "fresh", "closed")]
         + [(name, ctypes.c_void_p) for name in ("scale_of_byte", "levels")]
-        + [(name, ctypes.c_int32) for name in ("below", "above", "fresh", "pad")]
         + [(name, ctypes.c_void_p) for name in ("h", "kept", "gradient", "values", "base", "change", "codes", "bytes")]
     )
 
@@ -50,7 +54,7 @@ def _library() -> ctypes.CDLL:
         raise TacqError(
             "There is no C compiler for the quantizer; install one (on Debian and Ubuntu: sudo apt-get install gcc)."
         )
-    decisive = [_SOURCE.read_text(), *_FLAGS, *_SPEED_FLAGS, compiler, machine_identity()]
+    decisive = [*(path.read_text() for path in [*_SOURCES, *_HEADERS]), *_FLAGS, *_SPEED_FLAGS, compiler, machine_identity()]
     key = hashlib.sha256("\n".join(decisive).encode()).hexdigest()[:16]
     target = cache_dir() / "quantizer" / f"group_descent-{key}.so"
     if not target.is_file():
@@ -58,14 +62,14 @@ def _library() -> ctypes.CDLL:
         partial = target.with_name(f"{target.name}.{os.getpid()}.tmp")
         command = [*compiler.split(), *_FLAGS, *accepted_flags(compiler, _SPEED_FLAGS)]
         try:
-            done = subprocess.run([*command, "-o", str(partial), str(_SOURCE), "-lm"], capture_output=True, text=True)
+            done = subprocess.run([*command, "-o", str(partial), *map(str, _SOURCES), "-lm"], capture_output=True, text=True)
             said = done.stderr.splitlines()
             lines = ([line for line in said if "error" in line] or said or ["no output"]) if done.returncode else []
         except OSError as error:  # what CC names is not there
             lines = [error.strerror or str(error)]
         if lines:
             raise TacqError(
-                f"{compiler} could not compile {_SOURCE.name} ({lines[0].strip()}); set CC to another C compiler."
+                f"{compiler} could not compile {_SOURCES[0].name} ({lines[0].strip()}); set CC to another C compiler."
             )
         os.replace(partial, target)
     library = ctypes.CDLL(str(target))
@@ -104,14 +108,13 @@ class PanelDescent:
 
     def __init__(self, bits: int, n_rows: int, passes: int = 2):
         self._library = _library()
-        self._scales, _, self._levels = codec_tables(bits, torch.device("cpu"))
-        self._n_rows = n_rows
         codec = CODECS[bits]
+        self._scales, self._levels = torch.from_numpy(codec.scale_of_byte), torch.from_numpy(codec.table)
+        self._n_rows = n_rows
         self._task = _Descent(
             bits=bits,
-            n_books=len(codec.levels),
-            scale_bits=codec.scale_bits,
             passes=passes,
+            closed=CLOSED,
             scale_of_byte=self._scales.data_ptr(),
             levels=self._levels.data_ptr(),
         )

@@ -6,15 +6,12 @@
 // seeing the errors before it: sum of d_j (e_j + sum_{i<j} m_ji e_i)^2, as GPTQ feeds errors forward. A Viterbi search keeps the best
 // path into each state, and each survivor carries its own sums.
 
-#include "group_descent.h"
+#include "trellis_search.h"
 
 #include <math.h>
 #include <string.h>
 
-#define STATES 4
-#define SIDES  (LANES/STATES) // paths that are searched side by side: scales, or states to begin with
-#define TOP    4              // scales whose paths are closed from every state
-#define FAR    1e30f
+#define FAR 1e30f
 
 // The code of weight order[t] is the t-th of the path: four at a time are unpacked with two shifts and a mask (cpp_ext/tacq-common.h).
 static const uint8_t order[GROUP] = {
@@ -22,23 +19,15 @@ static const uint8_t order[GROUP] = {
     16, 20, 24, 28, 17, 21, 25, 29, 18, 22, 26, 30, 19, 23, 27, 31,
 };
 
-// x of lane 4*(l/4) + from[l]: of another state of the same path. from: 0 .. 3
-static inline lanes of_state(lanes x, choice from) {
-#if defined(__AVX512F__)
-    return (lanes) _mm512_permutevar_ps((__m512) x, (__m512i) from);
-#else
-    lanes y;
-    for (int l = 0; l < LANES; l++) {
-        y[l] = x[(l & ~(STATES - 1)) + from[l]];
-    }
-    return y;
-#endif
-}
-
-static inline lanes if_else(choice c, lanes a, lanes b) { return (lanes) (((choice) a & c) | ((choice) b & ~c)); }
-
 // What one panel's groups share, all in the order of the path.
 static void prepare(const struct tacq_descent * t, struct tacq_trellis * p) {
+    for (int i = 0; i < 4 << t->bits; i++) { // 4*code + before, code = 4*high + state
+        for (int l = i/4 % STATES; l < LANES; l += STATES) {
+            p->levels[i/16][i % STATES][l] = t->levels[i];
+        }
+        p->power  += (double) t->levels[i]*t->levels[i]/(4 << t->bits);
+        p->largest = fmax(p->largest, fabs(t->levels[i]));
+    }
     static __thread double a[GROUP][GROUP], b[GROUP][2*GROUP];
     p->diagonal = 1;
     for (int i = 0; i < GROUP; i++) {
@@ -83,87 +72,6 @@ static void prepare(const struct tacq_descent * t, struct tacq_trellis * p) {
         for (int j = 0; j < GROUP; j++) {
             p->inverse[i][j] = b[i][GROUP + j];
         }
-    }
-}
-
-// Paths into every state, of SIDES scales; `met` holds what each state costs to begin in. came[j]: state before, and the
-// high bit of the code in bit 2. Returns the costs; begin: the state that each path began in.
-static lanes search(const struct tacq_descent * t, const struct tacq_trellis * p, const float * target, const uint8_t * kept,
-                    lanes scale, lanes met, choice * begin, choice came[GROUP]) {
-    lanes  level[2][STATES], acc[GROUP];
-    choice state;
-    const int n_high = 1 << (t->bits - 2);
-    for (int l = 0; l < LANES; l++) {
-        state[l] = l % STATES;
-        for (int before = 0; before < STATES; before++) {
-            for (int high = 0; high < n_high; high++) {
-                level[high][before][l] = scale[l]*t->levels[16*high + 4*(l % STATES) + before];
-            }
-        }
-    }
-    *begin = state;
-    for (int j = 0; j < GROUP; j++) {
-        acc[j] = (lanes) {0};
-    }
-    for (int j = 0; j < GROUP; j++) {
-        lanes best, err;
-        choice from = {0}, path;
-        if (kept && kept[j]) { // any value, and any code
-            best = of_state(met, from);
-            for (int before = 1; before < STATES; before++) {
-                const lanes cost = of_state(met, (choice) {0} + before);
-                const choice less = cost < best;
-                best = if_else(less, cost, best);
-                from = (less & before) | (from & ~less);
-            }
-            err  = -of_state(acc[j], from);
-            path = from;
-        } else {
-            for (int before = 0; before < STATES; before++) {
-                const choice there = (choice) {0} + before;
-                const lanes  a     = of_state(acc[j], there);
-                choice which = {0} ;
-                which += before;
-                lanes e = level[0][before] - target[j], r = e + a;
-                if (n_high == 2) {
-                    const lanes e1 = level[1][before] - target[j], r1 = e1 + a;
-                    const choice nearer = r1*r1 < r*r;
-                    e = if_else(nearer, e1, e);
-                    r = if_else(nearer, r1, r);
-                    which |= nearer & STATES;
-                }
-                const lanes cost = of_state(met, there) + p->d[j]*(r*r);
-                if (before == 0) {
-                    best = cost; err = e; path = which;
-                } else {
-                    const choice less = cost < best;
-                    best = if_else(less, cost, best);
-                    err  = if_else(less, e, err);
-                    path = (which & less) | (path & ~less);
-                }
-            }
-            from = path & (STATES - 1);
-        }
-        met     = best;
-        came[j] = path;
-        *begin  = (choice) of_state((lanes) *begin, from);
-        if (p->diagonal) {
-            continue;
-        }
-        for (int k = j + 1; k < GROUP; k++) {
-            acc[k] = of_state(acc[k], from) + p->m[j][k]*err;
-        }
-    }
-    return met;
-}
-
-static void trace(const choice came[GROUP], int lane, uint8_t * codes) {
-    const int side = lane & ~(STATES - 1);
-    int state = lane & (STATES - 1);
-    for (int j = GROUP - 1; j >= 0; j--) {
-        const int path = came[j][side + state];
-        codes[j] = (uint8_t) (state | (path & STATES));
-        state    = path & (STATES - 1);
     }
 }
 
@@ -219,30 +127,29 @@ static void polish(const struct tacq_descent * t, const struct tacq_trellis * p,
     }
 }
 
-// Scale bytes worth trying: around the one under which the table has the group's size, or around the present one.
-static int candidates(const struct tacq_descent * t, const float * target, const uint8_t * kept, uint8_t present, uint8_t * bytes) {
-    int centre = present & 0x7f, n = 0;
-    double sum = 0, table = 0;
+// Scale bytes worth trying: both signs, scales around the one under which the table has the group's mean square and up to the one
+// that does not clip its largest weight; or around the present one.
+static int candidates(const struct tacq_descent * t, const struct tacq_trellis * p, const float * target, const uint8_t * kept, uint8_t present, uint8_t * bytes) {
+    double sum = 0, peak = 0;
+    int n = 0, first = present & 0x7f, last = first;
     for (int j = 0; j < GROUP; j++) {
-        sum += kept && kept[j] ? 0.0 : (double) target[j]*target[j];
-        n   += !(kept && kept[j]);
-    }
-    for (int i = 0; i < 4 << t->bits; i++) {
-        table += (double) t->levels[i]*t->levels[i]/(4 << t->bits);
+        if (!(kept && kept[j])) {
+            sum += (double) target[j]*target[j];
+            peak = fmax(peak, fabs(target[j]));
+            n++;
+        }
     }
     if (!(sum > 0)) {
         return 0;
     }
-    if (t->fresh || centre == 0) {
-        const double wanted = sqrt(sum/n/table);
-        centre = 1;
-        while (centre < 127 && t->scale_of_byte[centre] < wanted) {
-            centre++;
-        }
+    if (t->fresh || first == 0) {
+        const double usual = sqrt(sum/n/p->power), widest = peak/p->largest;
+        for (first = 1; first < 127 && t->scale_of_byte[first] < usual; first++) {}
+        for (last = first; last + t->above < 127 && t->scale_of_byte[last + t->above] < widest; last++) {}
     }
     n = 0;
     for (int sign = 0; sign < 2; sign++) {
-        for (int k = centre - t->below; k <= centre + t->above; k++) {
+        for (int k = first - t->below; k <= last + t->above; k++) {
             if (k >= 1 && k <= 127) {
                 bytes[n++] = (uint8_t) (sign << 7 | k);
             }
@@ -251,7 +158,87 @@ static int candidates(const struct tacq_descent * t, const float * target, const
     return n;
 }
 
-static void descend_group(const struct tacq_descent * t, const struct tacq_trellis * p, int64_t r) {
+// The errors of a path, those of kept weights as the search left them.
+static void errors_of(const struct tacq_descent * t, const struct tacq_trellis * p, float scale, const float * target, const uint8_t * kept,
+                      const uint8_t * codes, double * e) {
+    for (int j = 0; j < GROUP; j++) {
+        e[j] = kept && kept[j] ? 0 : (double) (scale*level_of(t, codes, j)) - target[j];
+        for (int k = 0; k < j && kept && kept[j]; k++) {
+            e[j] -= p->m[k][j]*e[k];
+        }
+    }
+}
+
+// The best path under one scale that ends in the state it began in, if it costs less than `best`; else `codes` stay.
+static inline float close_path(const int bits, const struct tacq_descent * t, const struct tacq_trellis * p, const float * target,
+                               const uint8_t * kept, uint8_t byte, float best, uint8_t * codes) {
+    choice begin, came[GROUP];
+    lanes  cost;
+    for (int l = 0; l < LANES; l++) {
+        cost[l] = l % STATES == l/STATES ? 0.0f : FAR;
+    }
+    cost = search(bits, p, target, kept, (lanes) {0} + t->scale_of_byte[byte], cost, &begin, came);
+    int lane = -1;
+    for (int s = 0; s < STATES; s++) {
+        if (cost[s*STATES + s] < best) {
+            best = cost[s*STATES + s];
+            lane = s*STATES + s;
+        }
+    }
+    if (lane >= 0) {
+        trace(came, lane, codes);
+    }
+    return best;
+}
+
+// The byte of least loss and its codes.
+static inline uint8_t choose(const int bits, const struct tacq_descent * t, const struct tacq_trellis * p, const float * target, const uint8_t * kept,
+                             const uint8_t * bytes, int n, uint8_t * codes) {
+    float   bound[256], best = INFINITY;
+    uint8_t byte = 0;
+    choice  came[GROUP], begin;
+    // free to begin anywhere: what the scale can give at best, and a closed path if its ends happen to meet
+    for (int i = 0; i < n; i += SIDES) {
+        lanes scale;
+        for (int l = 0; l < LANES; l++) {
+            scale[l] = t->scale_of_byte[bytes[i + l/STATES < n ? i + l/STATES : i]];
+        }
+        const lanes cost = search(bits, p, target, kept, scale, (lanes) {0}, &begin, came);
+        int closed = -1;
+        for (int s = 0; s < SIDES && i + s < n; s++) {
+            bound[i + s] = INFINITY;
+            for (int l = s*STATES; l < (s + 1)*STATES; l++) {
+                bound[i + s] = fminf(bound[i + s], cost[l]);
+                if (begin[l] == l % STATES && cost[l] < best) {
+                    best   = cost[l];
+                    byte   = bytes[i + s];
+                    closed = l;
+                }
+            }
+        }
+        if (closed >= 0) {
+            trace(came, closed, codes);
+        }
+    }
+    for (int top = 0; top < t->closed; top++) {
+        int least = 0;
+        for (int i = 1; i < n; i++) {
+            least = bound[i] < bound[least] ? i : least;
+        }
+        if (!(bound[least] < best)) {
+            break;
+        }
+        bound[least] = INFINITY;
+        const float cost = close_path(bits, t, p, target, kept, bytes[least], best, codes);
+        if (cost < best) {
+            best = cost;
+            byte = bytes[least];
+        }
+    }
+    return byte;
+}
+
+static inline void descend_group(const int bits, const struct tacq_descent * t, const struct tacq_trellis * p, int64_t r) {
     float   * v      = t->values + r*GROUP;
     float   * base   = t->base   + r*GROUP;
     float   * change = t->change + r*GROUP;
@@ -279,7 +266,7 @@ static void descend_group(const struct tacq_descent * t, const struct tacq_trell
         target[j] = (float) wanted;
     }
     memset(change, 0, sizeof(before));
-    const int n = candidates(t, target, kept, t->bytes[r], bytes);
+    const int n = candidates(t, p, target, kept, t->bytes[r], bytes);
     if (n == 0) {            // all weights are 0, or kept
         if (t->fresh) {
             t->bytes[r] = 0;
@@ -290,71 +277,10 @@ static void descend_group(const struct tacq_descent * t, const struct tacq_trell
         }
         return;
     }
-    // free to begin anywhere: what the scale can give at best, and a closed path if its ends happen to meet
-    float   bound[256], best = INFINITY;
-    uint8_t byte = 0;
-    choice  came[GROUP], begin;
-    for (int i = 0; i < n; i += SIDES) {
-        lanes scale;
-        for (int l = 0; l < LANES; l++) {
-            scale[l] = t->scale_of_byte[bytes[i + l/STATES < n ? i + l/STATES : i]];
-        }
-        const lanes cost = search(t, p, target, kept, scale, (lanes) {0}, &begin, came);
-        int closed = -1;
-        for (int s = 0; s < SIDES && i + s < n; s++) {
-            bound[i + s] = INFINITY;
-            for (int l = s*STATES; l < (s + 1)*STATES; l++) {
-                if (cost[l] < bound[i + s]) {
-                    bound[i + s] = cost[l];
-                }
-                if (begin[l] == l % STATES && cost[l] < best) {
-                    best   = cost[l];
-                    byte   = bytes[i + s];
-                    closed = l;
-                }
-            }
-        }
-        if (closed >= 0) {
-            trace(came, closed, found);
-        }
-    }
-    for (int top = 0; top < t->closed; top++) {
-        int least = 0;
-        for (int i = 1; i < n; i++) {
-            least = bound[i] < bound[least] ? i : least;
-        }
-        if (!(bound[least] < best)) {
-            break;
-        }
-        bound[least] = INFINITY;
-        lanes cost;
-        for (int l = 0; l < LANES; l++) {
-            cost[l] = l % STATES == l/STATES ? 0.0f : FAR;
-        }
-        cost = search(t, p, target, kept, (lanes) {0} + t->scale_of_byte[bytes[least]], cost, &begin, came);
-        for (int s = 0; s < STATES; s++) {
-            if (cost[s*STATES + s] < best) {
-                best = cost[s*STATES + s];
-                byte = bytes[least];
-                trace(came, s*STATES + s, found);
-            }
-        }
-    }
-    const float scale = t->scale_of_byte[byte];
+    const uint8_t byte  = choose(bits, t, p, target, kept, bytes, n, found);
+    const float   scale = t->scale_of_byte[byte];
     double e[GROUP];
-    for (int j = 0; j < GROUP; j++) {
-        e[j] = (double) (scale*level_of(t, found, j)) - target[j];
-        if (kept && kept[j]) { // as the search left it
-            e[j] = 0;
-        }
-    }
-    if (kept) { // the kept weights' best errors, one after the other, before codes move
-        for (int j = 0; j < GROUP; j++) {
-            for (int k = 0; k < j && kept[j]; k++) {
-                e[j] -= p->m[k][j]*e[k];
-            }
-        }
-    }
+    errors_of(t, p, scale, target, kept, found, e);
     polish(t, p, scale, target, kept, found, e);
 
     float after[GROUP];
@@ -386,8 +312,13 @@ static void descend_group(const struct tacq_descent * t, const struct tacq_trell
 
 void tacq_descend_trellis(const struct tacq_descent * t, int64_t first_row, int64_t end_row) {
     static __thread struct tacq_trellis p;
+    p.power = p.largest = 0;
     prepare(t, &p);
     for (int64_t r = first_row; r < end_row; r++) {
-        descend_group(t, &p, r);
+        if (t->bits == 2) {
+            descend_group(2, t, &p, r);
+        } else {
+            descend_group(3, t, &p, r);
+        }
     }
 }
