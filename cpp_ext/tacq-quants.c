@@ -18,7 +18,7 @@ static const int8_t levels_tacq4[TACQ4_NLEVELS] = TACQ4_LEVELS;
 typedef struct {
     bool           trellis;
     int            n_levels;
-    int            search_below;  // how far from the scale that a group's size asks for the search looks
+    int            search_below;  // how far from the scale that a group asks for the search looks
     int            search_above;
     const int8_t * levels;
 } tacq_codec;
@@ -110,28 +110,34 @@ static double best_ring(int n_levels, const float * x, const float * qw, const f
     return cost[begun][begun];
 }
 
-// The k around which scales are tried. TACQ4: the least scale that does not clip. Trellis: the least under which the mean square
-// of the levels is not below that of the group.
-static int centre(const tacq_codec * codec, const float * x) {
+// The first and the last k to try. TACQ4: around the least scale that does not clip. Trellis: around the least under which the mean
+// square of the levels is not below that of the group, and at least up to the one that does not clip.
+static void window(const tacq_codec * codec, const float * x, int * first, int * last) {
     float  peak = 0.0f, largest = 0.0f;
     double power = 0.0, squares = 0.0;
     for (int i = 0; i < TACQ_GROUP; i++) {
         peak   = fmaxf(peak, fabsf(x[i]));
         power += (double) x[i]*(double) x[i];
     }
-    for (int i = 0; i < codec->n_levels; i++) {
-        largest  = fmaxf(largest, fabsf((float) codec->levels[i]));
-        squares += codec->levels[i]*codec->levels[i];
+    for (int c = 0; c < codec->n_levels; c++) {
+        largest  = fmaxf(largest, fabsf((float) codec->levels[c]));
+        squares += codec->levels[c]*codec->levels[c];
     }
     power *= (double) codec->n_levels/TACQ_GROUP;
-    int k = 0;
-    for (; k < TACQ_K_MAX; k++) {
-        const float scale = tacq_scale((uint8_t) k);
-        if (codec->trellis ? (double) scale*(double) scale*squares >= power : scale*largest >= peak) {
-            break;
-        }
+
+    int unclipped = 0, usual = 0;
+    while (unclipped < TACQ_K_MAX && tacq_scale((uint8_t) unclipped)*largest < peak) {
+        unclipped++;
     }
-    return k;
+    while (usual < TACQ_K_MAX && (double) tacq_scale((uint8_t) usual)*(double) tacq_scale((uint8_t) usual)*squares < power) {
+        usual++;
+    }
+    if (!codec->trellis) {
+        usual = unclipped;
+    }
+    *first = usual - codec->search_below;
+    *last  = usual + codec->search_above;
+    *last  = codec->trellis && unclipped > *last ? unclipped : *last;
 }
 
 // Scale byte and codes of one group: both signs, and a window of scales. The first candidate wins a tie.
@@ -144,9 +150,10 @@ static uint8_t quantize_group(const tacq_codec * codec, const float * x, const f
     double  best_err  = INFINITY;
     memset(codes, 0, TACQ_GROUP);
 
-    const int k_centre = some ? centre(codec, x) : 0;
+    int first = 0, last = 0;
+    window(codec, x, &first, &last);
     for (int sign = 0; some && sign < 2; sign++) {
-        for (int k = k_centre - codec->search_below; k <= k_centre + codec->search_above; k++) {
+        for (int k = first; k <= last; k++) {
             if (k < 1 || k > TACQ_K_MAX) {
                 continue;
             }

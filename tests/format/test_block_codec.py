@@ -186,14 +186,18 @@ SEARCHED = {2: (3, 3), 3: (3, 3), 4: (8, 2)}
 
 
 def searched_bytes(bits: int, group: np.ndarray) -> list[int]:
-    """The scale bytes that the reference quantizer looks at: both signs, a window of scales."""
+    """The scale bytes that the reference quantizer looks at: both signs, a window of scales. A trellis: around the one
+    that the power asks for, and up to the one that does not clip the peak."""
     below, above = SEARCHED[bits]
-    if bits == 4:
-        size, wanted = 63.0, np.abs(group).max()
-    else:
-        size, wanted = float(np.sqrt(np.mean(np.square(LEVELS[bits])))), float(np.sqrt(np.mean(group**2)))
-    first = next((k for k in range(128) if scale_of(k) * size >= wanted), 127)
-    return [sign | k for sign in (0, 128) for k in range(max(1, first - below), min(127, first + above) + 1)]
+
+    def reaching(level: float, wanted: float) -> int:
+        return next((k for k in range(128) if scale_of(k) * level >= wanted), 127)
+
+    first = last = reaching(63.0, np.abs(group).max())
+    if bits < 4:
+        first = reaching(float(np.sqrt(np.mean(np.square(LEVELS[bits])))), float(np.sqrt(np.mean(group**2))))
+    last = first + above if bits == 4 else max(first + above, last)
+    return [sign | k for sign in (0, 128) for k in range(max(1, first - below), min(127, last) + 1)]
 
 
 @pytest.mark.parametrize("bits", BITS)
