@@ -27,8 +27,8 @@ def random_kept(rng: np.random.Generator, rows: int, columns: int, p: int) -> Ke
 
 
 def alternating_codes(bits: int, shape: tuple[int, ...], first: int, second: int) -> np.ndarray:
-    """uint8 codes in which every ring is first, second, first, ...: all weights have one of two levels, and neighbours in
-    a group of four the same."""
+    """uint8 codes in which every ring is first, second, first, ...: all weights have one of two levels, and four
+    neighbours have the same."""
     codes = np.empty((*shape[:-1], shape[-1] // len(RING), len(RING)), np.uint8)
     codes[..., RING] = np.resize(np.array([first, second], np.uint8), len(RING))
     return codes.reshape(shape)

@@ -82,8 +82,8 @@ def test_a_tacq3_block_by_hand():
     """Scale bytes 0x20 (k = 32: 2^-21) and 0x80 (k = 0: all zero).
 
     Low bits 0x01 in byte 2: weight 0 has 1. High bits 0x83 in byte 18: weights 0, 4 and 28 have 4 more, so codes 5, 4
-    and 4. The index is 4 * code + the low two bits of the code before: 20 for weight 0 (it follows 31), 17 for weight 4,
-    16 for 28, 0 for the others: 8 follows 4, and 17 follows 28, whose low bits are 0.
+    and 4. The index is 4 * code + the low two bits of the code before: 20 for weight 0 (it follows 31), 17 for 4, 16
+    for 28, 0 for the others: 8 follows 4, and 17 follows 28, whose low bits are 0.
     """
     block = np.frombuffer(bytes([0x20, 0x80, 0x01] + [0] * 15 + [0x83] + [0] * 7), np.uint8)
     values = dequantize_blocks(3, *unpack_blocks(3, block))

@@ -2,7 +2,8 @@
 against it.
 
 Variants: the one in the build (for this machine), and the same sources compiled here for AVX-512 without VBMI, for a
-plain AVX2 machine and for none at all. All results of one row and token must be the same bits, however many rows and tokens are computed together.
+plain AVX2 machine and for none at all. All results of one row and token must be the same bits, however many rows and
+tokens are computed together.
 """
 
 import ctypes
