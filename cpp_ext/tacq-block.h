@@ -7,116 +7,102 @@
 
 #define TACQ_BLOCK_BYTES(bits) (2 + 8*(bits))
 
-static const int8_t tacq_levels[3][TACQ_NLEVELS] = { TACQ2_LEVELS, TACQ3_LEVELS, TACQ4_LEVELS };
-
-static const int      tacq_scale_bits[3]   = { TACQ2_SCALE_BITS,   TACQ3_SCALE_BITS,   TACQ4_SCALE_BITS };
-static const uint32_t tacq_scale_origin[3] = { TACQ2_SCALE_ORIGIN, TACQ3_SCALE_ORIGIN, TACQ4_SCALE_ORIGIN };
-static const uint32_t tacq_scale_step[3]   = { TACQ2_SCALE_STEP,   TACQ3_SCALE_STEP,   TACQ4_SCALE_STEP };
-static const int      tacq_book_mask[3]    = { 0x0c, 0x08, 0x00 }; // of scale byte >> 3
-
-static inline float tacq_scale_of(int bits, uint8_t byte) {
-    return tacq_scale(byte, tacq_scale_bits[bits - 2], tacq_scale_origin[bits - 2], tacq_scale_step[bits - 2]);
-}
+static const int8_t tacq_levels[3][TACQ3_NLEVELS] = { TACQ2_LEVELS, TACQ3_LEVELS, TACQ4_LEVELS };
 
 // level of weight i of a block
 static inline int tacq_level(int bits, const uint8_t * block, int i) {
-    const uint8_t * qs = block + 2;
-    const int l = i/16, j = i % 16;
-    int code;
-    if (bits == 4) {
-        code = (qs[l/2*16 + j] >> 4*(l % 2)) & 15;
-    } else {
-        code = (qs[j] >> 2*l) & 3;
-        if (bits == 3) {
-            code |= ((qs[16 + j % 8] >> (2*l + j/8)) & 1) << 2;
-        }
+    switch (bits) {
+        case 2:  return tacq_levels[0][tacq2_index((const block_tacq2 *) block, i)];
+        case 3:  return tacq_levels[1][tacq3_index((const block_tacq3 *) block, i)];
+        default: return tacq_levels[2][tacq4_index((const block_tacq4 *) block, i)];
     }
-    return tacq_levels[bits - 2][((block[i/TACQ_GROUP] >> 3) & tacq_book_mask[bits - 2]) + code];
 }
 
 #if defined(TACQ_LANES)
 
-// levels + TACQ_OFFSET by index. A byte of codes holds four weights, but a shuffle needs the index in the low four bits, and every
-// shift counts. So TACQ2 and TACQ3 have a second order of the same table, for codes that are in bits 2 and 3:
-//   bits of an index     3     2     1     0
-//   tacq2       first    book  book  code  code        second  code  code  book  book
-//   tacq3       first    book  high  low   low         second  low   low   book  high
-static const uint8_t tacq_tables[4][TACQ_NLEVELS] = {
-    { 47, 60, 70, 83, 50, 62, 72, 86, 54, 64, 74, 90, 33, 61, 69, 89 },
-    { 47, 50, 54, 33, 60, 62, 64, 61, 70, 72, 74, 69, 83, 86, 90, 89 },
-    { 15, 36, 50, 61, 71, 82, 97, 119, 24, 43, 56, 65, 76, 89, 106, 127 },
-    { 15, 71, 24, 76, 36, 82, 43, 89, 50, 97, 56, 106, 61, 119, 65, 127 },
-};
-
-#if defined(TACQ_AVX512)
-// the scales of TACQ2 by k, without sign
-static const float tacq2_magnitudes[32] = {
-    0.0f, 2.28881836e-05f, 4.57763672e-05f, 7.62939453e-05f, 0.000122070312f, 0.00016784668f, 0.000244140625f, 0.000335693359f,
-    0.000427246094f, 0.000610351562f, 0.000793457031f, 0.00103759766f, 0.00140380859f, 0.00177001953f, 0.00238037109f, 0.00311279297f,
-    0.00384521484f, 0.00531005859f, 0.00677490234f, 0.00872802734f, 0.0116577148f, 0.0145874023f, 0.0194702148f, 0.0253295898f,
-    0.0311889648f, 0.0429077148f, 0.0546264648f, 0.0702514648f, 0.0936889648f, 0.117126465f, 0.156188965f, 0.203063965f,
-};
-#endif
-
 // One block of every row, transposed: lane r of codes[i] has four bytes of codes of row r.
 typedef struct {
     vfloat scales[2];    // of the two groups
-    vint   books[2][2];  // of the two groups: the codebook where the first and where the second order has it, in every byte
     vint   codes[8];     // [0..3] bytes 0..15, [4..7] bytes 16..31 (TACQ4) or 16..23 (TACQ3)
 } tacq_block_rows;
 
+// levels + TACQ_OFFSET by index
 typedef struct {
-    vint first, second;
+    vint at[4];
 } tacq_lookup;
 
+#if defined(TACQ_VBMI)
+
+// A lookup of 64 bytes takes six bits and ignores the other two of a byte. So no code needs a mask: a table holds its levels again for
+// every value of the bits that do not count. And there is a table for each v (tacq-common.h), because the index can begin at bit 2 as well:
+//   v   bits 0..3 of   bits 2..5 of   TACQ3's third bit of u = 0 and 1
+//   0   y                             4, of third << 4 and third
+//   1   x                             5, the same
+//   2                  x              0, of third >> 2 and third >> 6
+//   3                  x >> 2         1, the same
 TACQ_INLINE tacq_lookup tacq_lookup_of(const int bits) {
+    const __m256i few = _mm256_loadu_si256((const __m256i *) (const void *) tacq_levels[bits - 2]);
+    const vint levels = bits == 3 ? _mm512_broadcast_i64x4(few) : vint_table(tacq_levels[bits - 2]);
     tacq_lookup table;
-    if (bits == 4) {
-        table.first  = vint_add_bytes(vint_table(tacq_levels[2]), vint_set1_byte(TACQ_OFFSET));
-        table.second = table.first;
-    } else {
-        table.first  = vint_table(tacq_tables[2*bits - 4]);
-        table.second = vint_table(tacq_tables[2*bits - 3]);
+    for (int v = 0; v < 4; v++) {
+        uint8_t index[64];
+        for (int i = 0; i < 64; i++) {
+            index[i] = (uint8_t) (v < 2 ? (i & 15) | (i >> v & 16) : i >> 2 | (i >> (v - 2) & 1) << 4);
+        }
+        table.at[v] = _mm512_permutexvar_epi8(vint_load(index), vint_add_bytes(levels, vint_set1_byte(TACQ_OFFSET)));
     }
     return table;
 }
 
-// scales with their signs; `words` >> 8*g has the scale byte
-TACQ_INLINE vfloat tacq_scales(const int bits, vint words, const int g) {
-    const vint byte = g == 0 ? words : vint_shr(words, 8);
-    vint magnitude;
-#if defined(TACQ_AVX512)
-    if (bits == 2) {
-        magnitude = _mm512_permutex2var_epi32(vint_load(tacq2_magnitudes), byte, vint_load(tacq2_magnitudes + 16)); // index: 5 bits
-    } else
-#endif
-    {
-        const vint origin = vint_set1((int) tacq_scale_origin[bits - 2]);
-        const vint k      = vint_and(byte, vint_set1((1 << tacq_scale_bits[bits - 2]) - 1));
-        const vint f      = vint_add(vint_mul(k, vint_opaque((int) tacq_scale_step[bits - 2])), origin);
-        magnitude = vint_bits(vfloat_sub(vfloat_bits(f), vfloat_bits(origin)));
+// weights 4*v .. 4*v + 3 of dword x of a ring, y = x << 2 | other >> 30, `third` the third bits of the group, u which of its dwords x is
+TACQ_INLINE vint tacq_lookup_ring(const int bits, const tacq_lookup * table, vint x, vint y, vint third, const int u, const int v) {
+    vint index = v == 0 ? y : v == 3 ? vint_shr(x, 2) : x;
+    if (bits == 3) {
+        const vint high = v < 2 ? (u == 0 ? vint_shl(third, 4) : third) : vint_shr(third, u == 0 ? 2 : 6);
+        index = _mm512_ternarylogic_epi32(vint_set1_byte(v < 2 ? 0x0f : 0x3c), index, high, 0xca); // (m & index) | (~m & high)
     }
-    return vfloat_bits(vint_xor_and(magnitude, g == 0 ? vint_shl(words, 24) : vint_shl(words, 16), vint_set1((int) 0x80000000u)));
+    return _mm512_permutexvar_epi8(index, table->at[v]);
 }
 
-// the scale bytes of every row, in a dword of its lane
-TACQ_INLINE void tacq_set_scales(const int bits, vint words, tacq_block_rows * b) {
-    b->scales[0] = tacq_scales(bits, words, 0);
-    b->scales[1] = tacq_scales(bits, words, 1);
-    if (bits < 4) {
-        const vint first  = vint_and(vint_shr(words, 3),            vint_set1_byte(bits == 2 ? 0x0c : 0x08)); // bits 5, 6 or bit 6
-        const vint second = vint_and(vint_shr(words, 5), vint_set1_byte(bits == 2 ? 0x03 : 0x02));
-        for (int g = 0; g < 2; g++) {
-            b->books[g][0] = tacq_repeat_byte(first, g);
-            b->books[g][1] = tacq_repeat_byte(second, g);
-        }
+// of a TACQ4 code in the low or the high half of every byte
+TACQ_INLINE vint tacq_lookup_half(const tacq_lookup * table, vint codes, const bool high) {
+    return _mm512_permutexvar_epi8(high ? vint_shr(codes, 4) : codes, table->at[0]);
+}
+
+#else
+
+TACQ_INLINE tacq_lookup tacq_lookup_of(const int bits) {
+    tacq_lookup table;
+    table.at[0] = vint_add_bytes(vint_table(tacq_levels[bits - 2]),      vint_set1_byte(TACQ_OFFSET));
+    table.at[1] = vint_add_bytes(vint_table(tacq_levels[bits - 2] + 16), vint_set1_byte(TACQ_OFFSET));
+    return table;
+}
+
+// of a code in the low or the high half of every byte
+TACQ_INLINE vint tacq_lookup_half(const tacq_lookup * table, vint codes, const bool high) {
+    return vint_lookup(table->at[0], vint_and(high ? vint_shr(codes, 4) : codes, vint_set1_byte(15)));
+}
+
+// weights 4*v .. 4*v + 3 of dword x of a ring, y = x << 2 | other >> 30, `third` the third bits of the group, u which of its dwords x is
+TACQ_INLINE vint tacq_lookup_ring(const int bits, const tacq_lookup * table, vint x, vint y, vint third, const int u, const int v) {
+    const vint codes = v % 2 == 0 ? y : x;
+    if (bits == 2) {
+        return tacq_lookup_half(table, codes, v >= 2);
     }
+    return vint_lookup_32(table->at[0], table->at[1], v >= 2 ? vint_shr(codes, 4) : codes, third, 4*u + v);
+}
+
+#endif
+
+TACQ_INLINE void tacq_set_scales(vint halves, tacq_block_rows * b) {
+    b->scales[0] = vfloat_bits(vint_shl(halves, 16));
+    b->scales[1] = vfloat_bits(vint_and(halves, vint_set1((int) 0xffff0000u)));
 }
 
 // block `x` of the first row, and the blocks above it of the other rows
 TACQ_INLINE tacq_block_rows tacq_load_block(const int bits, const uint8_t * x, size_t row_size) {
     tacq_block_rows b;
-    tacq_set_scales(bits, tacq_load_words(x, row_size), &b);
+    tacq_set_scales(tacq_load_scales(x, row_size), &b);
     tacq_load_transposed(x + 2, row_size, b.codes);
     if (bits == 3) {
         // 16 bytes that end with the block: the last two dwords are the third bits
@@ -134,7 +120,7 @@ TACQ_INLINE tacq_block_rows tacq_load_block(const int bits, const uint8_t * x, s
 // Block ib of TACQ_LANES rows of n weights that tacq_interleave has put at x.
 TACQ_INLINE tacq_block_rows tacq_load_interleaved(const int bits, const uint8_t * x, int64_t n, int64_t ib) {
     tacq_block_rows b;
-    tacq_set_scales(bits, tacq_widen_words(x + ib*2*TACQ_LANES), &b);
+    tacq_set_scales(tacq_load_scales_interleaved(x + ib*2*TACQ_LANES), &b);
     const uint8_t * codes = x + n/QK_TACQ*2*TACQ_LANES + ib*8*bits*TACQ_LANES;
     for (int i = 0; i < 2*bits; i++) {
         b.codes[i] = vint_load(codes + i*4*TACQ_LANES);
@@ -164,24 +150,13 @@ TACQ_INLINE void tacq_prefetch_block(const int bits, const bool near, const uint
     }
 }
 
-// levels + TACQ_OFFSET of weights 16*l + 4*e .. 16*l + 4*e + 3 of every row
-TACQ_INLINE vint tacq_levels_of(const int bits, const tacq_block_rows * b, const tacq_lookup * table, const int l, const int e) {
+// levels + TACQ_OFFSET of weights 16*w + 4*v .. 16*w + 4*v + 3 of every row
+TACQ_INLINE vint tacq_levels_of(const int bits, const tacq_block_rows * b, const tacq_lookup * table, const int w, const int v) {
     if (bits == 4) {
-        const vint codes = b->codes[l/2*4 + e];
-        return vint_lookup(table->first, vint_and(l % 2 == 0 ? codes : vint_shr(codes, 4), vint_set1_byte(15)));
+        return tacq_lookup_half(table, b->codes[w/2*4 + v], w % 2 == 1);
     }
-    const vint low  = l < 2 ? b->codes[e] : vint_shr(b->codes[e], 4);
-    const vint mask = vint_set1_byte(l % 2 == 0 ? 0x03 : 0x0c);
-    const vint book = b->books[l/2][l % 2];
-    const vint lookup = l % 2 == 0 ? table->first : table->second;
-    if (bits == 2) {
-        return vint_lookup(lookup, vint_and_or(low, mask, book));
-    }
-    // the third bit comes from bit 2*l + e/2 of its byte to bit 2 or 0
-    const int  move  = 2*l + e/2 - (l % 2 == 0 ? 2 : 0);
-    const vint third = b->codes[4 + e % 2];
-    const vint high  = move < 0 ? vint_shl(third, -move) : move > 0 ? vint_shr(third, move) : third;
-    return vint_lookup(lookup, vint_and_or(vint_select(mask, low, high), vint_set1_byte(l % 2 == 0 ? 0x07 : 0x0d), book));
+    const vint x = b->codes[w], y = vint_shl2_in(x, b->codes[w ^ 1]);
+    return tacq_lookup_ring(bits, table, x, y, b->codes[bits == 3 ? 4 + w/2 : 0], w % 2, v);
 }
 
 #endif // TACQ_LANES

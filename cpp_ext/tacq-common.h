@@ -1,7 +1,7 @@
 #pragma once
 
-// The byte layout and the numbers of the codec, for all backends. The specification is tacq_export/block_codec.py and
-// tacq_export/sparse_section.py; README.md has the layout in words. Little endian.
+// The byte layout and the numbers of the codec, for all backends. The specification is FORMAT.md; tacq_export/format/block_codec.py
+// and tacq_export/format/sparse_section.py are the same in Python. Little endian.
 
 #include "tacq-types.h"
 
@@ -20,19 +20,21 @@
 #define QK_TACQ    64 // weights a block
 #define TACQ_GROUP 32 // weights a scale byte
 
-// Weight l*16 + j of a block (l = 0..3, j = 0..15) has its code in byte j, so that one shift and one mask unpack 16 weights.
-// scale byte: bit 7 the sign, then the codebook, then k in the low bits
+// TACQ2 and TACQ3: the codes of a group form a ring, and a level is looked up with its own code and the low two bits of the code before
+// it. Weight 16*w + 4*v + b of a block (w, v, b = 0..3) has its code in byte b of the w-th dword, so a dword x holds 16 codes in the order
+// of the ring; its first code follows the last one of the group's other dword. With y = x << 2 | other >> 30, the low halves of the bytes
+// of y, x, y >> 4 and x >> 4 are what to look up for v = 0, 1, 2, 3: each 4 weights that are neighbours.
 
 typedef struct {
     uint8_t scales[2];
-    uint8_t qs[16];     // byte j: codes of weights l*16 + j at bit 2*l
+    uint8_t qs[16];     // byte 4*w + b, bits 2*v and 2*v + 1: weight 16*w + 4*v + b
 } block_tacq2;
 TACQ_STATIC_ASSERT(sizeof(block_tacq2) == 18, "wrong tacq2 block size");
 
 typedef struct {
     uint8_t scales[2];
     uint8_t qs[16];     // the low two bits, as in block_tacq2
-    uint8_t qh[8];      // the third bit: byte j, bit 2*l: weight l*16 + j; bit 2*l + 1: weight l*16 + 8 + j
+    uint8_t qh[8];      // the third bit: byte 4*g + b, bit 4*u + v: weight 32*g + 16*u + 4*v + b
 } block_tacq3;
 TACQ_STATIC_ASSERT(sizeof(block_tacq3) == 26, "wrong tacq3 block size");
 
@@ -42,23 +44,21 @@ typedef struct {
 } block_tacq4;
 TACQ_STATIC_ASSERT(sizeof(block_tacq4) == 34, "wrong tacq4 block size");
 
-#define TACQ_NLEVELS 16
+// TACQ2 and TACQ3: at 4*code + (code before) % 4; TACQ4: at the code
+#define TACQ2_LEVELS { -52, 36, -12, 13, -14, -31, 5, 63, 6, -6, 25, -24, 30, 11, -35, -5 }
+#define TACQ3_LEVELS { -63, -10, -29, -20, -27, -2, -17, -10, -16, -41, -9, -2, -8, -21, -1, -34, \
+                        -1, 21, 6, 12, 6, 35, 14, 22, 16, 5, 26, 39, 28, 13, 51, 5 }
+#define TACQ4_LEVELS { -61, -47, -36, -28, -21, -14, -8, -2, 4, 10, 16, 23, 30, 39, 50, 63 }
 
-// All codebooks of a type fill one 16-byte shuffle register: tacq2 4 x 4 levels, tacq3 2 x 8, tacq4 1 x 16.
-#define TACQ2_LEVELS { -17, -4, 6, 19,  -14, -2, 8, 22,  -10, 0, 10, 26,  -31, -3, 5, 25 }
-#define TACQ3_LEVELS { -49, -28, -14, -3, 7, 18, 33, 55,  -40, -21, -8, 1, 12, 25, 42, 63 }
-#define TACQ4_LEVELS { -57, -41, -31, -23, -16, -9, -3, 0, 5, 11, 16, 22, 29, 37, 47, 63 }
+#define TACQ2_NLEVELS 16
+#define TACQ3_NLEVELS 32
+#define TACQ4_NLEVELS 16
 
-// The scale of step k is F(k) - F(0), F(k) the float with the bit pattern ORIGIN + k*STEP: logarithmic, and exactly 0 for k = 0.
-#define TACQ2_SCALE_BITS   5
-#define TACQ3_SCALE_BITS   6
-#define TACQ4_SCALE_BITS   7
-#define TACQ2_SCALE_ORIGIN ((127u - 14u) << 23)
-#define TACQ3_SCALE_ORIGIN ((127u - 15u) << 23)
-#define TACQ4_SCALE_ORIGIN ((127u - 15u) << 23)
-#define TACQ2_SCALE_STEP   (12u << 18)
-#define TACQ3_SCALE_STEP   (3u << 19)
-#define TACQ4_SCALE_STEP   (3u << 18)
+// A scale byte has the sign in bit 7 and k below it. The scale is 0 for k = 0, else the float with the bit pattern ORIGIN + k*STEP:
+// logarithmic, 7/32 octave a step. Its low 16 bits are zeros.
+#define TACQ_SCALE_ORIGIN ((127u - 28u) << 23)
+#define TACQ_SCALE_STEP   (7u << 18)
+#define TACQ_K_MAX        127
 
 static inline float tacq_float_of_bits(uint32_t bits) {
     float f;
@@ -67,20 +67,34 @@ static inline float tacq_float_of_bits(uint32_t bits) {
 }
 
 // scale of a scale byte, with its sign
-static inline float tacq_scale(uint8_t byte, int scale_bits, uint32_t origin, uint32_t step) {
-    const uint32_t k         = byte & ((1u << scale_bits) - 1u);
-    const float    magnitude = tacq_float_of_bits(origin + k*step) - tacq_float_of_bits(origin);
-    return byte & 0x80 ? -magnitude : magnitude;
+static inline float tacq_scale(uint8_t byte) {
+    const uint32_t k = byte & TACQ_K_MAX;
+    return tacq_float_of_bits((k ? TACQ_SCALE_ORIGIN + k*TACQ_SCALE_STEP : 0u) | (uint32_t) (byte & 0x80) << 24);
 }
 
-#define TACQ2_SCALE(byte) tacq_scale(byte, TACQ2_SCALE_BITS, TACQ2_SCALE_ORIGIN, TACQ2_SCALE_STEP)
-#define TACQ3_SCALE(byte) tacq_scale(byte, TACQ3_SCALE_BITS, TACQ3_SCALE_ORIGIN, TACQ3_SCALE_STEP)
-#define TACQ4_SCALE(byte) tacq_scale(byte, TACQ4_SCALE_BITS, TACQ4_SCALE_ORIGIN, TACQ4_SCALE_STEP)
+// Codes of weight i of a block, and where its level is.
 
-// where a scale byte's codebook begins in the 16 levels of its type: a multiple of 4, of 8, always 0
-#define TACQ2_BOOK(byte) (((byte) >> 3) & 0x0c)
-#define TACQ3_BOOK(byte) (((byte) >> 3) & 0x08)
-#define TACQ4_BOOK(byte) 0
+static inline int tacq_code2(const uint8_t * qs, int i) {
+    return (qs[i/16*4 + i % 4] >> i/4 % 4*2) & 3;
+}
+
+// the weight before weight i in the ring of its group: four less, and from the first four on to the end of another byte or dword
+static inline int tacq_before(int i) {
+    return i & 12 ? i - 4 : i & 3 ? i + 11 : (i ^ 16) + 15;
+}
+
+static inline int tacq2_index(const block_tacq2 * x, int i) {
+    return 4*tacq_code2(x->qs, i) + tacq_code2(x->qs, tacq_before(i));
+}
+
+static inline int tacq3_index(const block_tacq3 * x, int i) {
+    const int high = (x->qh[i/32*4 + i % 4] >> i/4 % 8) & 1;
+    return 16*high + 4*tacq_code2(x->qs, i) + tacq_code2(x->qs, tacq_before(i));
+}
+
+static inline int tacq4_index(const block_tacq4 * x, int i) {
+    return (x->qs[i/32*16 + i % 16] >> i/16 % 2*4) & 15;
+}
 
 //
 // sparse section: header, u32 row_ptr[n_rows + 1], u16 column[nnz], f16 value[nnz], zeros

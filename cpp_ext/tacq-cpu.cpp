@@ -13,7 +13,7 @@
 
 #include <algorithm>
 
-static_assert(TACQ_FORMAT_VERSION == 1 && TACQ_SPARSE_VERSION == 1, "these kernels know version 1 of the sparse section");
+static_assert(TACQ_FORMAT_VERSION == 2 && TACQ_SPARSE_VERSION == 1, "these kernels know version 1 of the sparse section");
 
 // All rows, in their order: the sparse section lies behind the last row and counts rows from the first.
 static bool is_whole(const ggml_tensor * t) {

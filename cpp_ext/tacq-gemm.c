@@ -16,7 +16,7 @@ void tacq_unpack_generic(int bits, int64_t n, int64_t n_rows, const void * x, si
             levels[(k/4*TACQ_TILE + r)*4 + k % 4] = (uint8_t) (tacq_level(bits, block, (int) (k % QK_TACQ)) + TACQ_OFFSET);
         }
         for (int64_t g = 0; g < n/TACQ_GROUP; g++) {
-            scales[g*TACQ_TILE + r] = tacq_scale_of(bits, row[g/2*TACQ_BLOCK_BYTES(bits) + g % 2]);
+            scales[g*TACQ_TILE + r] = tacq_scale(row[g/2*TACQ_BLOCK_BYTES(bits) + g % 2]);
         }
     }
 }

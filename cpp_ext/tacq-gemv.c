@@ -16,7 +16,7 @@ void tacq_gemv_generic(int bits, int64_t n, int64_t n_rows, int64_t n_tokens, co
                 for (int i = 0; i < TACQ_GROUP; i++) {
                     sum_i += tacq_level(bits, block, (int) (g % 2)*TACQ_GROUP + i)*q[g*TACQ_GROUP + i];
                 }
-                sum   += tacq_scale_of(bits, block[g % 2])*d[g]*(float) sum_i;
+                sum   += tacq_scale(block[g % 2])*d[g]*(float) sum_i;
                 block += g % 2 ? TACQ_BLOCK_BYTES(bits) : 0;
             }
             y[t][row] = sum;
@@ -54,9 +54,8 @@ TACQ_INLINE void gemv_block(const int bits, const int n_tokens, const tacq_looku
 }
 
 // Sums of TACQ_LANES rows for each token, while the rows at `next` are asked for.
-TACQ_INLINE void gemv_lanes(const int bits, const int n_tokens, const bool near, const bool interleaved, int64_t n, const uint8_t * x, size_t row_size,
-                            const uint8_t * next, const void * const * acts, vfloat sum[]) {
-    const tacq_lookup table = tacq_lookup_of(bits);
+TACQ_INLINE void gemv_lanes(const int bits, const int n_tokens, const bool near, const bool interleaved, const tacq_lookup * table, int64_t n, const uint8_t * x,
+                            size_t row_size, const uint8_t * next, const void * const * acts, vfloat sum[]) {
     for (int t = 0; t < n_tokens; t++) {
         sum[t] = vfloat_set1(0.0f);
     }
@@ -64,25 +63,26 @@ TACQ_INLINE void gemv_lanes(const int bits, const int n_tokens, const bool near,
         tacq_prefetch_block(bits, near, next);
         next += TACQ_LANES*TACQ_BLOCK_BYTES(bits);
         const tacq_block_rows b = tacq_load(bits, interleaved, x, row_size, n, ib);
-        gemv_block(bits, n_tokens, &table, &b, n, ib, acts, sum);
+        gemv_block(bits, n_tokens, table, &b, n, ib, acts, sum);
     }
 }
 
 TACQ_INLINE void gemv_rows(const int bits, const int n_tokens, const bool near, const bool interleaved, int64_t n, int64_t n_rows, const uint8_t * x, size_t row_size,
                            const uint8_t * next, const void * const * acts, float * const * y) {
     vfloat sum[TACQ_GEMV_TOKENS];
+    const tacq_lookup table = tacq_lookup_of(bits);
     const int64_t n_side_by_side = tacq_side_by_side(interleaved, n_rows);
     for (int64_t row = 0; row < n_side_by_side; row += TACQ_LANES) {
         // the last rows again with some that are done already: a row's result does not depend on its lane
         row = row <= n_rows - TACQ_LANES ? row : n_rows - TACQ_LANES;
         const uint8_t * ahead = row + 2*TACQ_LANES <= n_rows ? x + (row + TACQ_LANES)*row_size : next;
-        gemv_lanes(bits, n_tokens, near, interleaved, n, x + row*row_size, row_size, ahead, acts, sum);
+        gemv_lanes(bits, n_tokens, near, interleaved, &table, n, x + row*row_size, row_size, ahead, acts, sum);
         for (int t = 0; t < n_tokens; t++) {
             vfloat_store(y[t] + row, sum[t]);
         }
     }
     for (int64_t row = n_side_by_side; row < n_rows; row++) { // the same row in all lanes: nothing behind the last row is read
-        gemv_lanes(bits, n_tokens, near, false, n, x + row*row_size, 0, next, acts, sum);
+        gemv_lanes(bits, n_tokens, near, false, &table, n, x + row*row_size, 0, next, acts, sum);
         for (int t = 0; t < n_tokens; t++) {
             float lanes[TACQ_LANES];
             vfloat_store(lanes, sum[t]);

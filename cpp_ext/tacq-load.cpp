@@ -16,8 +16,12 @@ static void check_format_version(const gguf_context * metadata) {
         throw std::runtime_error("tacq.format_version is not an unsigned 32-bit number; the file is damaged, export it again");
     }
     const uint32_t version = gguf_get_val_u32(metadata, key);
+    if (version < TACQ_FORMAT_VERSION) {
+        throw std::runtime_error(format("this file has tacq.format_version %u, which this program does not read any more; "
+            "export it again", version));
+    }
     if (version > TACQ_FORMAT_VERSION) {
-        throw std::runtime_error(format("this file has tacq.format_version %u and this program reads versions up to %d; "
+        throw std::runtime_error(format("this file has tacq.format_version %u and this program reads version %d; "
             "upgrade tacq-export and build its runtime again", version, TACQ_FORMAT_VERSION));
     }
 }

@@ -8,32 +8,36 @@
 
 // Built with -ffp-contract=off (tacq.cmake): the Python codec rounds after every product and every difference.
 
-static const int8_t levels_tacq2[TACQ_NLEVELS] = TACQ2_LEVELS;
-static const int8_t levels_tacq3[TACQ_NLEVELS] = TACQ3_LEVELS;
-static const int8_t levels_tacq4[TACQ_NLEVELS] = TACQ4_LEVELS;
+static const int8_t levels_tacq2[TACQ2_NLEVELS] = TACQ2_LEVELS;
+static const int8_t levels_tacq3[TACQ3_NLEVELS] = TACQ3_LEVELS;
+static const int8_t levels_tacq4[TACQ4_NLEVELS] = TACQ4_LEVELS;
+
+#define MAX_LEVELS TACQ3_NLEVELS
+#define STATES     4 // that a code leaves for the next one: its low two bits
 
 typedef struct {
-    int            bits;
-    int            scale_bits;
-    uint32_t       scale_origin;
-    uint32_t       scale_step;
-    int            search_below;  // how far from the smallest scale that does not clip the search looks
+    bool           trellis;
+    int            n_levels;
+    int            search_below;  // how far from the scale that a group asks for the search looks
     int            search_above;
-    int            zero_code;     // the smallest level of the first codebook: what a group of zeros gets
-    const int8_t * levels;        // [codebooks][1 << bits]
+    const int8_t * levels;
 } tacq_codec;
 
-static const tacq_codec codec_tacq2 = { 2, TACQ2_SCALE_BITS, TACQ2_SCALE_ORIGIN, TACQ2_SCALE_STEP,  6, 1, 1, levels_tacq2 };
-static const tacq_codec codec_tacq3 = { 3, TACQ3_SCALE_BITS, TACQ3_SCALE_ORIGIN, TACQ3_SCALE_STEP, 10, 3, 3, levels_tacq3 };
-static const tacq_codec codec_tacq4 = { 4, TACQ4_SCALE_BITS, TACQ4_SCALE_ORIGIN, TACQ4_SCALE_STEP, 16, 4, 7, levels_tacq4 };
+static const tacq_codec codec_tacq2 = { true,  TACQ2_NLEVELS, 3, 3, levels_tacq2 };
+static const tacq_codec codec_tacq3 = { true,  TACQ3_NLEVELS, 3, 3, levels_tacq3 };
+static const tacq_codec codec_tacq4 = { false, TACQ4_NLEVELS, 8, 2, levels_tacq4 };
 
 //
 // search
 //
 
-// Codes of one group for the candidate values v[n_levels], and the (weighted) squared error; gives up once that is >= limit,
-// which changes no result because errors only grow.
-static double round_group(const float * x, const float * qw, const float * v, int n_levels, double limit, uint8_t * codes) {
+static inline double square(float diff, const float * qw, int i) {
+    return qw ? (double) qw[i]*((double) diff*(double) diff) : (double) diff*(double) diff;
+}
+
+// Codes of one group for the candidate values v[n_levels], each the nearest, and the (weighted) squared error; gives up once that
+// is >= limit, which changes no result because errors only grow.
+static double nearest(int n_levels, const float * x, const float * qw, const float * v, double limit, uint8_t * codes) {
     double err = 0.0;
     for (int i = 0; i < TACQ_GROUP && err < limit; i++) {
         int   best  = 0;
@@ -46,58 +50,126 @@ static double round_group(const float * x, const float * qw, const float * v, in
             }
         }
         codes[i] = (uint8_t) best;
-        err += qw ? (double) qw[i]*((double) least*(double) least) : (double) least*(double) least;
+        err += square(least, qw, i);
     }
     return err;
 }
 
-// Scale byte and codes of one group: every sign, every codebook, and the scales around the smallest one that does not clip.
-// The first candidate wins a tie.
-static uint8_t quantize_group(const tacq_codec * codec, const float * x, const float * qw, uint8_t * codes) {
-    const int n_levels = 1 << codec->bits;
-    const int n_books  = TACQ_NLEVELS/n_levels;
-    const int k_max    = (1 << codec->scale_bits) - 1;
-
-    float peak = 0.0f;
-    for (int i = 0; i < TACQ_GROUP; i++) {
-        peak = fmaxf(peak, fabsf(x[i]));
+// The same for a ring: the best path that ends in the state it began in, by Viterbi's algorithm from every state.
+static double best_ring(int n_levels, const float * x, const float * qw, const float * v, double limit, uint8_t * codes) {
+    double  cost[STATES][STATES];               // [begun in][state]
+    uint8_t came[TACQ_GROUP][STATES][STATES];   // the state before, and 4 if the third bit is set
+    for (int begun = 0; begun < STATES; begun++) {
+        for (int state = 0; state < STATES; state++) {
+            cost[begun][state] = begun == state ? 0.0 : INFINITY;
+        }
     }
+    for (int j = 0; j < TACQ_GROUP; j++) {
+        const int i = j/16*16 + j % 4*4 + j/4 % 4; // the weight at this place of the ring
+        double  step[STATES*STATES];               // [state][state before]
+        uint8_t high[STATES*STATES];
+        for (int s = 0; s < STATES*STATES; s++) {
+            float least = fabsf(x[i] - v[s]);
+            high[s] = 0;
+            if (n_levels > STATES*STATES) {
+                const float diff = fabsf(x[i] - v[STATES*STATES + s]);
+                high[s] = diff < least ? STATES : 0;
+                least   = diff < least ? diff : least;
+            }
+            step[s] = square(least, qw, i);
+        }
+        double lowest = INFINITY;
+        for (int begun = 0; begun < STATES; begun++) {
+            double now[STATES];
+            for (int state = 0; state < STATES; state++) {
+                int before = 0;
+                now[state] = cost[begun][0] + step[state*STATES];
+                for (int s = 1; s < STATES; s++) {
+                    const double c = cost[begun][s] + step[state*STATES + s];
+                    before     = c < now[state] ? s : before;
+                    now[state] = c < now[state] ? c : now[state];
+                }
+                came[j][begun][state] = (uint8_t) (before | high[state*STATES + before]);
+                lowest = now[state] < lowest ? now[state] : lowest;
+            }
+            memcpy(cost[begun], now, sizeof(now));
+        }
+        if (lowest >= limit) {
+            return lowest;
+        }
+    }
+    int begun = 0;
+    for (int s = 1; s < STATES; s++) {
+        begun = cost[s][s] < cost[begun][begun] ? s : begun;
+    }
+    for (int j = TACQ_GROUP - 1, state = begun; j >= 0; j--) {
+        const int step = came[j][begun][state];
+        codes[j/16*16 + j % 4*4 + j/4 % 4] = (uint8_t) (state | (step & STATES));
+        state = step % STATES;
+    }
+    return cost[begun][begun];
+}
 
+// The first and the last k to try. TACQ4: around the least scale that does not clip. Trellis: around the least under which the mean
+// square of the levels is not below that of the group, and at least up to the one that does not clip.
+static void window(const tacq_codec * codec, const float * x, int * first, int * last) {
+    float  peak = 0.0f, largest = 0.0f;
+    double power = 0.0, squares = 0.0;
+    for (int i = 0; i < TACQ_GROUP; i++) {
+        peak   = fmaxf(peak, fabsf(x[i]));
+        power += (double) x[i]*(double) x[i];
+    }
+    for (int c = 0; c < codec->n_levels; c++) {
+        largest  = fmaxf(largest, fabsf((float) codec->levels[c]));
+        squares += codec->levels[c]*codec->levels[c];
+    }
+    power *= (double) codec->n_levels/TACQ_GROUP;
+
+    int unclipped = 0, usual = 0;
+    while (unclipped < TACQ_K_MAX && tacq_scale((uint8_t) unclipped)*largest < peak) {
+        unclipped++;
+    }
+    while (usual < TACQ_K_MAX && (double) tacq_scale((uint8_t) usual)*(double) tacq_scale((uint8_t) usual)*squares < power) {
+        usual++;
+    }
+    if (!codec->trellis) {
+        usual = unclipped;
+    }
+    *first = usual - codec->search_below;
+    *last  = usual + codec->search_above;
+    *last  = codec->trellis && unclipped > *last ? unclipped : *last;
+}
+
+// Scale byte and codes of one group: both signs, and a window of scales. The first candidate wins a tie.
+static uint8_t quantize_group(const tacq_codec * codec, const float * x, const float * qw, uint8_t * codes) {
+    bool some = false;
+    for (int i = 0; i < TACQ_GROUP; i++) {
+        some = some || x[i] != 0.0f;
+    }
     uint8_t best_byte = 0;
     double  best_err  = INFINITY;
-    memset(codes, codec->zero_code, TACQ_GROUP);
-    if (!(peak > 0.0f)) {
-        return best_byte;
-    }
+    memset(codes, 0, TACQ_GROUP);
 
-    for (int sign = 0; sign < 2; sign++) {
-        for (int book = 0; book < n_books; book++) {
-            const int8_t * levels = codec->levels + book*n_levels;
-            const int lowest = -levels[0], highest = levels[n_levels - 1]; // ascending, so the largest magnitude is at an end
-            const float reach = (float) (lowest > highest ? lowest : highest);
-
-            int k_high = 0;
-            while (k_high < k_max && tacq_scale((uint8_t) k_high, codec->scale_bits, codec->scale_origin, codec->scale_step)*reach < peak) {
-                k_high++;
+    int first = 0, last = 0;
+    window(codec, x, &first, &last);
+    for (int sign = 0; some && sign < 2; sign++) {
+        for (int k = first; k <= last; k++) {
+            if (k < 1 || k > TACQ_K_MAX) {
+                continue;
             }
-            for (int k = k_high - codec->search_below; k <= k_high + codec->search_above; k++) {
-                if (k < 1 || k > k_max) {
-                    continue;
-                }
-                const uint8_t byte  = (uint8_t) (sign << 7 | book << codec->scale_bits | k);
-                const float   scale = tacq_scale(byte, codec->scale_bits, codec->scale_origin, codec->scale_step);
+            const uint8_t byte  = (uint8_t) (sign << 7 | k);
+            const float   scale = tacq_scale(byte);
 
-                float values[TACQ_NLEVELS];
-                for (int c = 0; c < n_levels; c++) {
-                    values[c] = scale*(float) levels[c];
-                }
-                uint8_t tried[TACQ_GROUP];
-                const double err = round_group(x, qw, values, n_levels, best_err, tried);
-                if (err < best_err) {
-                    best_err  = err;
-                    best_byte = byte;
-                    memcpy(codes, tried, TACQ_GROUP);
-                }
+            float values[MAX_LEVELS];
+            for (int c = 0; c < codec->n_levels; c++) {
+                values[c] = scale*(float) codec->levels[c];
+            }
+            uint8_t tried[TACQ_GROUP];
+            const double err = (codec->trellis ? best_ring : nearest)(codec->n_levels, x, qw, values, best_err, tried);
+            if (err < best_err) {
+                best_err  = err;
+                best_byte = byte;
+                memcpy(codes, tried, TACQ_GROUP);
             }
         }
     }
@@ -108,19 +180,25 @@ static uint8_t quantize_group(const tacq_codec * codec, const float * x, const f
 // layout
 //
 
-static void pack_tacq2(block_tacq2 * y, const uint8_t * c) {
-    for (int j = 0; j < 16; j++) {
-        y->qs[j] = (uint8_t) (c[j] | c[16 + j] << 2 | c[32 + j] << 4 | c[48 + j] << 6);
+// the low two bits of each code
+static void pack_low(uint8_t * qs, const uint8_t * c) {
+    for (int w = 0; w < 4; w++) {
+        for (int b = 0; b < 4; b++) {
+            const uint8_t * at = c + w*16 + b;
+            qs[w*4 + b] = (uint8_t) ((at[0] & 3) | (at[4] & 3) << 2 | (at[8] & 3) << 4 | (at[12] & 3) << 6);
+        }
     }
 }
 
+static void pack_tacq2(block_tacq2 * y, const uint8_t * c) {
+    pack_low(y->qs, c);
+}
+
 static void pack_tacq3(block_tacq3 * y, const uint8_t * c) {
+    pack_low(y->qs, c);
     memset(y->qh, 0, sizeof(y->qh));
-    for (int j = 0; j < 16; j++) {
-        y->qs[j] = (uint8_t) ((c[j] & 3) | (c[16 + j] & 3) << 2 | (c[32 + j] & 3) << 4 | (c[48 + j] & 3) << 6);
-        for (int l = 0; l < 4; l++) {
-            y->qh[j % 8] |= (uint8_t) ((c[l*16 + j] >> 2) << (2*l + j/8));
-        }
+    for (int i = 0; i < QK_TACQ; i++) {
+        y->qh[i/32*4 + i % 4] |= (uint8_t) ((c[i] >> 2) << i/4 % 8);
     }
 }
 
@@ -152,48 +230,20 @@ TACQ_QUANTIZE_ROW(2)
 TACQ_QUANTIZE_ROW(3)
 TACQ_QUANTIZE_ROW(4)
 
-void dequantize_row_tacq2(const block_tacq2 * x, float * y, int64_t k) {
-    assert(k % QK_TACQ == 0);
-    for (int64_t i = 0; i < k/QK_TACQ; i++, y += QK_TACQ) {
-        for (int l = 0; l < 4; l++) {
-            const uint8_t  byte   = x[i].scales[l/2];
-            const float    scale  = TACQ2_SCALE(byte);
-            const int8_t * levels = levels_tacq2 + TACQ2_BOOK(byte);
-            for (int j = 0; j < 16; j++) {
-                y[l*16 + j] = scale*(float) levels[(x[i].qs[j] >> 2*l) & 3];
-            }
-        }
+#define TACQ_DEQUANTIZE_ROW(b)                                                                            \
+    void dequantize_row_tacq##b(const block_tacq##b * x, float * y, int64_t k) {                          \
+        assert(k % QK_TACQ == 0);                                                                         \
+        for (int64_t ib = 0; ib < k/QK_TACQ; ib++) {                                                      \
+            for (int i = 0; i < QK_TACQ; i++) {                                                           \
+                const float scale = tacq_scale(x[ib].scales[i/TACQ_GROUP]);                               \
+                y[ib*QK_TACQ + i] = scale*(float) levels_tacq##b[tacq##b##_index(&x[ib], i)];             \
+            }                                                                                             \
+        }                                                                                                 \
     }
-}
 
-void dequantize_row_tacq3(const block_tacq3 * x, float * y, int64_t k) {
-    assert(k % QK_TACQ == 0);
-    for (int64_t i = 0; i < k/QK_TACQ; i++, y += QK_TACQ) {
-        for (int l = 0; l < 4; l++) {
-            const uint8_t  byte   = x[i].scales[l/2];
-            const float    scale  = TACQ3_SCALE(byte);
-            const int8_t * levels = levels_tacq3 + TACQ3_BOOK(byte);
-            for (int j = 0; j < 16; j++) {
-                const int low  = (x[i].qs[j] >> 2*l) & 3;
-                const int high = (x[i].qh[j % 8] >> (2*l + j/8)) & 1;
-                y[l*16 + j] = scale*(float) levels[low | high << 2];
-            }
-        }
-    }
-}
-
-void dequantize_row_tacq4(const block_tacq4 * x, float * y, int64_t k) {
-    assert(k % QK_TACQ == 0);
-    for (int64_t i = 0; i < k/QK_TACQ; i++, y += QK_TACQ) {
-        for (int h = 0; h < 2; h++) {
-            const float scale = TACQ4_SCALE(x[i].scales[h]);
-            for (int j = 0; j < 16; j++) {
-                y[h*32 + j]      = scale*(float) levels_tacq4[x[i].qs[h*16 + j] & 15];
-                y[h*32 + 16 + j] = scale*(float) levels_tacq4[x[i].qs[h*16 + j] >> 4];
-            }
-        }
-    }
-}
+TACQ_DEQUANTIZE_ROW(2)
+TACQ_DEQUANTIZE_ROW(3)
+TACQ_DEQUANTIZE_ROW(4)
 
 //
 // quantization for llama-quantize

@@ -8,7 +8,7 @@
 extern "C" {
 #endif
 
-// the same bytes as quantize_ref of tacq_export/block_codec.py; k a multiple of 64
+// the same bytes as tacq_export/format/quantize_ref.py; k a multiple of 64
 GGML_API void quantize_row_tacq2_ref(const float * x, block_tacq2 * y, int64_t k);
 GGML_API void quantize_row_tacq3_ref(const float * x, block_tacq3 * y, int64_t k);
 GGML_API void quantize_row_tacq4_ref(const float * x, block_tacq4 * y, int64_t k);
@@ -23,7 +23,7 @@ GGML_API size_t quantize_tacq3(const float * src, void * dst, int64_t nrows, int
 GGML_API size_t quantize_tacq4(const float * src, void * dst, int64_t nrows, int64_t n_per_row, const float * imatrix);
 
 // All that a correct writer cannot have written fails: false, and one line in `message` that names the tensor.
-// The same checks as unpack_sparse of tacq_export/sparse_section.py. Reads no byte outside section[0 .. size).
+// The same checks as unpack_sparse of tacq_export/format/sparse_section.py. Reads no byte outside section[0 .. size).
 GGML_API bool tacq_validate_section(
         const void * section, size_t size, int64_t n_rows, int64_t n_columns,
         const char * tensor_name, char * message, size_t message_size);

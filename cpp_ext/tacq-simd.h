@@ -8,6 +8,9 @@
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__) && defined(__AVX512VNNI__)
 #define TACQ_AVX512
 #define TACQ_LANES 16
+#if defined(__AVX512VBMI__) && defined(__AVX512VBMI2__)
+#define TACQ_VBMI
+#endif
 #elif defined(__AVX2__)
 #define TACQ_LANES 8
 #elif defined(__aarch64__) && defined(__ARM_NEON) && defined(__ARM_FEATURE_DOTPROD)
@@ -52,29 +55,48 @@ TACQ_INLINE void   vint_store(void * p, vint a)        { _mm512_storeu_si512(p, 
 TACQ_INLINE vint   vint_set1(int32_t a)                { return _mm512_set1_epi32(a); }
 TACQ_INLINE vint   vint_set1_byte(int a)               { return _mm512_set1_epi8((char) a); }
 TACQ_INLINE vint   vint_table(const void * p)         { return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *) p)); }
-TACQ_INLINE vint   vint_add(vint a, vint b)            { return _mm512_add_epi32(a, b); }
 TACQ_INLINE vint   vint_add_bytes(vint a, vint b)      { return _mm512_add_epi8(a, b); }
-TACQ_INLINE vint   vint_mul(vint a, vint b)            { return _mm512_mullo_epi32(a, b); }
 TACQ_INLINE vint   vint_and(vint a, vint b)            { return _mm512_and_si512(a, b); }
-TACQ_INLINE vint   vint_and_or(vint a, vint m, vint b) { return _mm512_ternarylogic_epi32(a, m, b, 0xea); }  // (a & m) | b
-TACQ_INLINE vint   vint_xor_and(vint a, vint b, vint m){ return _mm512_ternarylogic_epi32(a, b, m, 0x78); }  // a ^ (b & m)
-TACQ_INLINE vint   vint_select(vint m, vint a, vint b) { return _mm512_ternarylogic_epi32(m, a, b, 0xca); }  // (m & a) | (~m & b)
 TACQ_INLINE vint   vint_lookup(vint table, vint bytes) { return _mm512_shuffle_epi8(table, bytes); }
 TACQ_INLINE vfloat vfloat_load(const float * p)        { return _mm512_loadu_ps(p); }
 TACQ_INLINE void   vfloat_store(float * p, vfloat a)   { _mm512_storeu_ps(p, a); }
 TACQ_INLINE vfloat vfloat_set1(float a)                { return _mm512_set1_ps(a); }
 TACQ_INLINE vfloat vfloat_of(vint a)                   { return _mm512_cvtepi32_ps(a); }
 TACQ_INLINE vfloat vfloat_add(vfloat a, vfloat b)      { return _mm512_add_ps(a, b); }
-TACQ_INLINE vfloat vfloat_sub(vfloat a, vfloat b)      { return _mm512_sub_ps(a, b); }
 TACQ_INLINE vfloat vfloat_mul(vfloat a, vfloat b)      { return _mm512_mul_ps(a, b); }
 TACQ_INLINE vfloat vfloat_mad(vfloat a, vfloat b, vfloat c) { return _mm512_fmadd_ps(a, b, c); }
 TACQ_INLINE vfloat vfloat_bits(vint a)                 { return _mm512_castsi512_ps(a); }
-TACQ_INLINE vint   vint_bits(vfloat a)                 { return _mm512_castps_si512(a); }
 #define vint_shr(a, n) _mm512_srli_epi32(a, n)
 #define vint_shl(a, n) _mm512_slli_epi32(a, n)
 
 // sums of four products of unsigned u and signed s bytes
 TACQ_INLINE vint vint_dot(vint sum, vint u, vint s) { return _mm512_dpbusd_epi32(sum, u, s); }
+
+// a << 2 | b >> 30
+TACQ_INLINE vint vint_shl2_in(vint a, vint b) {
+#if defined(TACQ_VBMI)
+    return _mm512_shldi_epi32(a, b, 2);
+#else
+    return _mm512_ternarylogic_epi32(_mm512_set1_epi32(3), _mm512_rol_epi32(b, 2), _mm512_rol_epi32(a, 2), 0xca); // (3 & b) | (~3 & a)
+#endif
+}
+
+#if !defined(TACQ_VBMI)
+// of 32 bytes: lo[n] where bit p of `third` is clear, hi[n] where it is set; of n, the low four bits
+TACQ_INLINE vint vint_lookup_32(vint lo, vint hi, vint n, vint third, const int p) {
+    n = _mm512_and_si512(n, _mm512_set1_epi8(15));
+    return _mm512_mask_shuffle_epi8(_mm512_shuffle_epi8(lo, n), _mm512_test_epi8_mask(third, _mm512_set1_epi8((char) (1 << p))), hi, n);
+}
+#endif
+
+// the 16 upper bits of the scales: for 2*TACQ_LANES scale bytes, those of a row side by side
+TACQ_INLINE vint tacq_scale_halves(__m256i bytes) {
+    const vint w = _mm512_slli_epi16(_mm512_cvtepu8_epi16(bytes), 8);
+    const vint k = _mm512_set1_epi16(0x7f00);
+    const vint f = _mm512_mulhi_epu16(_mm512_and_si512(w, k), _mm512_set1_epi16(TACQ_SCALE_STEP >> 16 << 8));
+    const vint m = _mm512_maskz_add_epi16(_mm512_test_epi16_mask(w, k), f, _mm512_set1_epi16(TACQ_SCALE_ORIGIN >> 16));
+    return _mm512_ternarylogic_epi32(m, w, _mm512_set1_epi16((short) 0x8000), 0xf8); // m | (w & sign)
+}
 
 #define vint_unpacklo32(a, b) _mm512_unpacklo_epi32(a, b)
 #define vint_unpackhi32(a, b) _mm512_unpackhi_epi32(a, b)
@@ -103,13 +125,8 @@ TACQ_INLINE void   vint_store(void * p, vint a)        { vst1q_u8(p, U8(a)); }
 TACQ_INLINE vint   vint_set1(int32_t a)                { return vdupq_n_s32(a); }
 TACQ_INLINE vint   vint_set1_byte(int a)               { return vreinterpretq_s32_s8(vdupq_n_s8((int8_t) a)); }
 TACQ_INLINE vint   vint_table(const void * p)          { return vint_load(p); }
-TACQ_INLINE vint   vint_add(vint a, vint b)            { return vaddq_s32(a, b); }
 TACQ_INLINE vint   vint_add_bytes(vint a, vint b)      { return vreinterpretq_s32_s8(vaddq_s8(S8(a), S8(b))); }
-TACQ_INLINE vint   vint_mul(vint a, vint b)            { return vmulq_s32(a, b); }
 TACQ_INLINE vint   vint_and(vint a, vint b)            { return vandq_s32(a, b); }
-TACQ_INLINE vint   vint_and_or(vint a, vint m, vint b) { return vorrq_s32(vandq_s32(a, m), b); }
-TACQ_INLINE vint   vint_xor_and(vint a, vint b, vint m){ return veorq_s32(a, vandq_s32(b, m)); }
-TACQ_INLINE vint   vint_select(vint m, vint a, vint b) { return vbslq_s32(U32(m), a, b); }
 TACQ_INLINE vint   vint_lookup(vint table, vint bytes) { return vreinterpretq_s32_u8(vqtbl1q_u8(U8(table), U8(bytes))); }
 TACQ_INLINE vint   vint_shr(vint a, int n)             { return vreinterpretq_s32_u32(vshlq_u32(U32(a), vdupq_n_s32(-n))); }
 TACQ_INLINE vint   vint_shl(vint a, int n)             { return vshlq_s32(a, vdupq_n_s32(n)); }
@@ -118,14 +135,30 @@ TACQ_INLINE void   vfloat_store(float * p, vfloat a)   { vst1q_f32(p, a); }
 TACQ_INLINE vfloat vfloat_set1(float a)                { return vdupq_n_f32(a); }
 TACQ_INLINE vfloat vfloat_of(vint a)                   { return vcvtq_f32_s32(a); }
 TACQ_INLINE vfloat vfloat_add(vfloat a, vfloat b)      { return vaddq_f32(a, b); }
-TACQ_INLINE vfloat vfloat_sub(vfloat a, vfloat b)      { return vsubq_f32(a, b); }
 TACQ_INLINE vfloat vfloat_mul(vfloat a, vfloat b)      { return vmulq_f32(a, b); }
 TACQ_INLINE vfloat vfloat_mad(vfloat a, vfloat b, vfloat c) { return vfmaq_f32(c, a, b); }
 TACQ_INLINE vfloat vfloat_bits(vint a)                 { return vreinterpretq_f32_s32(a); }
-TACQ_INLINE vint   vint_bits(vfloat a)                 { return vreinterpretq_s32_f32(a); }
 
 // levels + 64 are at most 127, so they are signed bytes too
 TACQ_INLINE vint vint_dot(vint sum, vint u, vint s) { return vdotq_s32(sum, S8(u), S8(s)); }
+
+// a << 2 | b >> 30
+TACQ_INLINE vint vint_shl2_in(vint a, vint b) { return vsriq_n_s32(vshlq_n_s32(a, 2), b, 30); }
+
+// of 32 bytes: lo[n] where bit p of `third` is clear, hi[n] where it is set; of n, the low four bits
+TACQ_INLINE vint vint_lookup_32(vint lo, vint hi, vint n, vint third, const int p) {
+    const uint8x16_t   high  = vshrq_n_u8(vshlq_u8(U8(third), vdupq_n_s8((int8_t) (7 - p))), 7);
+    const uint8x16x2_t table = { { U8(lo), U8(hi) } };
+    return vreinterpretq_s32_u8(vqtbl2q_u8(table, vsliq_n_u8(U8(n), high, 4)));
+}
+
+// the 16 upper bits of the scales: for 2*TACQ_LANES scale bytes, those of a row side by side
+TACQ_INLINE vint tacq_scale_halves(uint8x8_t bytes) {
+    const uint16x8_t w = vshll_n_u8(bytes, 7); // the sign in bit 14
+    const uint16x8_t k = vandq_u16(vmovl_u8(bytes), vdupq_n_u16(TACQ_K_MAX));
+    const uint16x8_t f = vmlaq_n_u16(vdupq_n_u16(TACQ_SCALE_ORIGIN >> 16), k, TACQ_SCALE_STEP >> 16);
+    return vreinterpretq_s32_u16(vbslq_u16(vdupq_n_u16(0x8000), vaddq_u16(w, w), vandq_u16(f, vtstq_u16(k, k))));
+}
 
 #define vint_unpacklo32(a, b) vzip1q_s32(a, b)
 #define vint_unpackhi32(a, b) vzip2q_s32(a, b)
@@ -148,23 +181,16 @@ TACQ_INLINE void   vint_store(void * p, vint a)        { _mm256_storeu_si256((__
 TACQ_INLINE vint   vint_set1(int32_t a)                { return _mm256_set1_epi32(a); }
 TACQ_INLINE vint   vint_set1_byte(int a)               { return _mm256_set1_epi8((char) a); }
 TACQ_INLINE vint   vint_table(const void * p)         { return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *) p)); }
-TACQ_INLINE vint   vint_add(vint a, vint b)            { return _mm256_add_epi32(a, b); }
 TACQ_INLINE vint   vint_add_bytes(vint a, vint b)      { return _mm256_add_epi8(a, b); }
-TACQ_INLINE vint   vint_mul(vint a, vint b)            { return _mm256_mullo_epi32(a, b); }
 TACQ_INLINE vint   vint_and(vint a, vint b)            { return _mm256_and_si256(a, b); }
-TACQ_INLINE vint   vint_and_or(vint a, vint m, vint b) { return _mm256_or_si256(_mm256_and_si256(a, m), b); }
-TACQ_INLINE vint   vint_xor_and(vint a, vint b, vint m){ return _mm256_xor_si256(a, _mm256_and_si256(b, m)); }
-TACQ_INLINE vint   vint_select(vint m, vint a, vint b) { return _mm256_or_si256(_mm256_and_si256(m, a), _mm256_andnot_si256(m, b)); }
 TACQ_INLINE vint   vint_lookup(vint table, vint bytes) { return _mm256_shuffle_epi8(table, bytes); }
 TACQ_INLINE vfloat vfloat_load(const float * p)        { return _mm256_loadu_ps(p); }
 TACQ_INLINE void   vfloat_store(float * p, vfloat a)   { _mm256_storeu_ps(p, a); }
 TACQ_INLINE vfloat vfloat_set1(float a)                { return _mm256_set1_ps(a); }
 TACQ_INLINE vfloat vfloat_of(vint a)                   { return _mm256_cvtepi32_ps(a); }
 TACQ_INLINE vfloat vfloat_add(vfloat a, vfloat b)      { return _mm256_add_ps(a, b); }
-TACQ_INLINE vfloat vfloat_sub(vfloat a, vfloat b)      { return _mm256_sub_ps(a, b); }
 TACQ_INLINE vfloat vfloat_mul(vfloat a, vfloat b)      { return _mm256_mul_ps(a, b); }
 TACQ_INLINE vfloat vfloat_bits(vint a)                 { return _mm256_castsi256_ps(a); }
-TACQ_INLINE vint   vint_bits(vfloat a)                 { return _mm256_castps_si256(a); }
 #define vint_shr(a, n) _mm256_srli_epi32(a, n)
 #define vint_shl(a, n) _mm256_slli_epi32(a, n)
 
@@ -187,6 +213,24 @@ TACQ_INLINE vint vint_dot(vint sum, vint u, vint s) {
 #endif
 }
 
+// a << 2 | b >> 30
+TACQ_INLINE vint vint_shl2_in(vint a, vint b) { return _mm256_or_si256(_mm256_slli_epi32(a, 2), _mm256_srli_epi32(b, 30)); }
+
+// of 32 bytes: lo[n] where bit p of `third` is clear, hi[n] where it is set; of n, the low four bits
+TACQ_INLINE vint vint_lookup_32(vint lo, vint hi, vint n, vint third, const int p) {
+    n = _mm256_and_si256(n, _mm256_set1_epi8(15));
+    return _mm256_blendv_epi8(_mm256_shuffle_epi8(lo, n), _mm256_shuffle_epi8(hi, n), _mm256_slli_epi32(third, 7 - p));
+}
+
+// the 16 upper bits of the scales: for 2*TACQ_LANES scale bytes, those of a row side by side
+TACQ_INLINE vint tacq_scale_halves(__m128i bytes) {
+    const vint w = _mm256_slli_epi16(_mm256_cvtepu8_epi16(bytes), 8);
+    const vint k = _mm256_and_si256(w, _mm256_set1_epi16(0x7f00));
+    const vint f = _mm256_mulhi_epu16(k, _mm256_set1_epi16(TACQ_SCALE_STEP >> 16 << 8));
+    const vint m = _mm256_sign_epi16(_mm256_add_epi16(f, _mm256_set1_epi16(TACQ_SCALE_ORIGIN >> 16)), k); // 0 for k = 0
+    return _mm256_or_si256(m, _mm256_xor_si256(w, k));
+}
+
 #define vint_unpacklo32(a, b) _mm256_unpacklo_epi32(a, b)
 #define vint_unpackhi32(a, b) _mm256_unpackhi_epi32(a, b)
 #define vint_unpacklo64(a, b) _mm256_unpacklo_epi64(a, b)
@@ -198,14 +242,6 @@ TACQ_INLINE vint vint_load_rows(const uint8_t * x, size_t row_size) {
 }
 
 #endif
-
-// a constant that the compiler does not know: a multiplication by it stays one instruction, not shifts and sums
-TACQ_INLINE vint vint_opaque(int a) {
-#if !defined(_MSC_VER)
-    __asm__("" : "+r"(a));
-#endif
-    return vint_set1(a);
-}
 
 #if !defined(TACQ_NEON)
 // a[i][j] becomes a[j][i]
@@ -240,47 +276,33 @@ TACQ_INLINE void tacq_load_transposed(const uint8_t * x, size_t row_size, vint z
     z[3] = vint_unpackhi64(AB, CD);
 }
 
-// the two bytes at x of every row, in a dword
-TACQ_INLINE vint tacq_load_words(const uint8_t * x, size_t row_size) {
+// tacq_scale_halves of the two bytes at x of every row
+TACQ_INLINE vint tacq_load_scales(const uint8_t * x, size_t row_size) {
     uint16_t w[TACQ_LANES];
     for (int r = 0; r < TACQ_LANES; r++) {
         memcpy(&w[r], x + r*row_size, 2);
     }
 #if defined(TACQ_NEON)
-    return vreinterpretq_s32_u32(vmovl_u16(vld1_u16(w)));
+    return tacq_scale_halves(vreinterpret_u8_u16(vld1_u16(w)));
 #else
     const __m128i lo = _mm_setr_epi16((short) w[0], (short) w[1], (short) w[2], (short) w[3], (short) w[4], (short) w[5], (short) w[6], (short) w[7]);
 #if defined(TACQ_AVX512)
     const __m128i hi = _mm_setr_epi16((short) w[8], (short) w[9], (short) w[10], (short) w[11], (short) w[12], (short) w[13], (short) w[14], (short) w[15]);
-    return _mm512_cvtepu16_epi32(_mm256_set_m128i(hi, lo));
+    return tacq_scale_halves(_mm256_set_m128i(hi, lo));
 #else
-    return _mm256_cvtepu16_epi32(lo);
+    return tacq_scale_halves(lo);
 #endif
 #endif
 }
 
-// TACQ_LANES words that lie one after the other, each in a dword
-TACQ_INLINE vint tacq_widen_words(const uint8_t * x) {
+// the same of 2*TACQ_LANES bytes that lie one after the other
+TACQ_INLINE vint tacq_load_scales_interleaved(const uint8_t * x) {
 #if defined(TACQ_NEON)
-    return vreinterpretq_s32_u32(vmovl_u16(vreinterpret_u16_u8(vld1_u8(x))));
+    return tacq_scale_halves(vld1_u8(x));
 #elif defined(TACQ_AVX512)
-    return _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *) x));
+    return tacq_scale_halves(_mm256_loadu_si256((const __m256i *) x));
 #else
-    return _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *) x));
-#endif
-}
-
-// the lowest byte (which = 0) or the next one of every dword, four times
-TACQ_INLINE vint tacq_repeat_byte(vint dwords, const int which) {
-#if defined(TACQ_NEON)
-    return vint_mul(vint_and(vint_shr(dwords, 8*which), vint_set1(0xff)), vint_set1(0x01010101));
-#else
-    const __m128i at = _mm_add_epi8(_mm_setr_epi8(0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12), _mm_set1_epi8((char) which));
-#if defined(TACQ_AVX512)
-    return _mm512_shuffle_epi8(dwords, _mm512_broadcast_i32x4(at));
-#else
-    return _mm256_shuffle_epi8(dwords, _mm256_broadcastsi128_si256(at));
-#endif
+    return tacq_scale_halves(_mm_loadu_si128((const __m128i *) x));
 #endif
 }
 

@@ -16,8 +16,8 @@
 extern "C" {
 #endif
 
-// newest `tacq.format_version` of a file that this code reads
-#define TACQ_FORMAT_VERSION 1
+// the `tacq.format_version` of the files that this code reads
+#define TACQ_FORMAT_VERSION 2
 
 // lists of types for upstream's switches
 #define TACQ_BASE_CASES \

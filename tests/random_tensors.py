@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from tacq_export.format.block_codec import CODECS
+from tacq_export.format.block_codec import CODECS, RING
 from tacq_export.format.pack_tensor import QuantizedTensor
 from tacq_export.format.sparse_section import KeptWeights, capacity
 from tacq_export.format.tensor_types import TensorType
@@ -26,8 +26,16 @@ def random_kept(rng: np.random.Generator, rows: int, columns: int, p: int) -> Ke
     return KeptWeights(row_ptr, chosen[:, 1].astype(np.uint16), values)
 
 
+def alternating_codes(bits: int, shape: tuple[int, ...], first: int, second: int) -> np.ndarray:
+    """uint8 codes in which every ring is first, second, first, ...: all weights have one of two levels, and four
+    neighbours have the same."""
+    codes = np.empty((*shape[:-1], shape[-1] // len(RING), len(RING)), np.uint8)
+    codes[..., RING] = np.resize(np.array([first, second], np.uint8), len(RING))
+    return codes.reshape(shape)
+
+
 def random_tensor(rng: np.random.Generator, tensor_type: TensorType, rows: int, columns: int) -> QuantizedTensor:
-    """Any codes, and scale bytes over their whole range of sign, codebook and scale."""
+    """Any codes, and scale bytes over their whole range of sign and scale."""
     codes = rng.integers(0, 1 << CODECS[tensor_type.bits].bits, (rows, columns), dtype=np.uint8)
     scale_bytes = rng.integers(0, 256, (rows, columns // 32), dtype=np.uint8)
     kept = random_kept(rng, rows, columns, tensor_type.p) if tensor_type.p else None

@@ -322,7 +322,7 @@ def test_inspect_tells_what_gguf_py_tells(here, capsys):
     assert cli.main(["inspect", "ours.gguf", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     reader = gguf.GGUFReader(here / "ours.gguf")
-    assert facts["file_bytes"] == (here / "ours.gguf").stat().st_size and facts["metadata"]["tacq.format_version"] == 1
+    assert facts["file_bytes"] == (here / "ours.gguf").stat().st_size and facts["metadata"]["tacq.format_version"] == 2
     for found, tensor in zip(facts["tensors"], reader.tensors, strict=True):
         assert (found["name"], found["bytes"], found["type"]) == (
             tensor.name,

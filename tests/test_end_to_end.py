@@ -90,7 +90,7 @@ def test_size_and_metadata(exported):
     assert len(density_picture(facts)) == 1 + 7
     reader = open_gguf(exported)
     keys = {k: field_value(reader, f"tacq.{k}") for k in ("format_version", "score", "task", "n_samples", "seq_len")}
-    assert keys == {"format_version": 1, "score": "obs", "task": CALIBRATION.stem, "n_samples": 12, "seq_len": 2048}
+    assert keys == {"format_version": 2, "score": "obs", "task": CALIBRATION.stem, "n_samples": 12, "seq_len": 2048}
     assert field_value(reader, "general.quantized_by") == "tacq-export"
 
 

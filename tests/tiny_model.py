@@ -9,8 +9,8 @@ import gguf
 import numpy as np
 from random_tensors import random_kept
 
-from tacq_export.format.block_codec import quantize_ref
 from tacq_export.format.pack_tensor import QuantizedTensor, pack_tensor
+from tacq_export.format.quantize_ref import quantize_ref
 from tacq_export.format.tensor_types import FORMAT_VERSION, TensorType, register_with_gguf
 
 WIDTH, FFN, LAYERS, VOCAB = 128, 192, 2, 3 + 256

@@ -36,7 +36,7 @@ from tacq_export.format.block_codec import unpack_blocks  # noqa: E402
 from tacq_export.format.gguf_file import numpy_shape, open_gguf, tensor_values, type_named  # noqa: E402
 from tacq_export.format.pack_tensor import QuantizedTensor, dequantize  # noqa: E402
 from tacq_export.format.sparse_section import KeptWeights, capacity, pack_sparse  # noqa: E402
-from tacq_export.format.tensor_types import TYPES_BY_NAME  # noqa: E402
+from tacq_export.format.tensor_types import FORMAT_VERSION, TYPES_BY_NAME  # noqa: E402
 from tacq_export.format.write_gguf import PlannedTensor, copied, write_gguf  # noqa: E402
 from tacq_export.reporting import Reporter  # noqa: E402
 from tacq_export.runtime.build import tool  # noqa: E402
@@ -132,7 +132,7 @@ def make_file(model: Path, type_name: str, ends: str, workdir: Path, reporter: R
             return done[key]
 
         planned.append(PlannedTensor(tensor.name, shape, gguf_type(wanted), data))
-    write_gguf(path, reader, planned, {"general.file_type": 0, "tacq.format_version": 1}, reporter)
+    write_gguf(path, reader, planned, {"general.file_type": 0, "tacq.format_version": FORMAT_VERSION}, reporter)
     return path
 
 

@@ -35,15 +35,19 @@ class _Reader(gguf.GGUFReader):
 def open_gguf(path: Path | str) -> gguf.GGUFReader:
     """Reader of a GGUF, memory-mapped; of all parts as one if it is split, and `path` may be any of them.
 
-    Raises TacqError if it is missing, damaged, or of a newer TACQ format, or if a part is missing.
+    Raises TacqError if it is missing, damaged, or of another TACQ format version, or if a part is missing.
     """
     register_with_gguf()
     path = Path(path)
     reader = _open_part(path)
     version = field_value(reader, "tacq.format_version")
+    if version is not None and version < FORMAT_VERSION:
+        raise TacqError(
+            f"{path} has tacq.format_version {version}, which this program does not read any more; export it again."
+        )
     if version is not None and version > FORMAT_VERSION:
         raise TacqError(
-            f"{path} has TACQ format version {version}, newer than this program's {FORMAT_VERSION}; upgrade "
+            f"{path} has tacq.format_version {version} and this program reads version {FORMAT_VERSION}; upgrade "
             "tacq-export."
         )
     count = field_value(reader, "split.count")

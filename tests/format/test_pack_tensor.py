@@ -7,7 +7,7 @@ import pytest
 from random_tensors import random_tensor
 
 from tacq_export.errors import TacqError
-from tacq_export.format.block_codec import CODECS
+from tacq_export.format.block_codec import CODECS, level_indices
 from tacq_export.format.pack_tensor import QuantizedTensor, dequantize, dequantize_tensor, pack_tensor, unpack_tensor
 from tacq_export.format.sparse_section import unpack_sparse
 from tacq_export.format.tensor_types import TYPES, TYPES_BY_NAME
@@ -40,9 +40,9 @@ def test_values_are_base_plus_kept_differences(t):
     tensor = random_tensor(np.random.default_rng(t.id), t, ROWS, COLUMNS)
     codec = CODECS[t.bits]
     expected = np.zeros((ROWS, COLUMNS))
-    for (row, i), code in np.ndenumerate(tensor.codes):
+    for (row, i), index in np.ndenumerate(level_indices(t.bits, tensor.codes)):
         byte = tensor.scale_bytes[row, i // 32]
-        expected[row, i] = float(codec.scale_of_byte[byte]) * codec.levels[codec.codebook_of_byte[byte]][code]
+        expected[row, i] = float(codec.scale_of_byte[byte]) * codec.levels[index]
     if t.p:
         for row in range(ROWS):
             for at in range(tensor.kept.row_ptr[row], tensor.kept.row_ptr[row + 1]):

@@ -7,7 +7,8 @@ import pytest
 from random_tensors import random_kept
 
 from tacq_export.errors import TacqError
-from tacq_export.format.block_codec import CODECS, dequantize_blocks, pack_blocks, quantize_ref, unpack_blocks
+from tacq_export.format.block_codec import CODECS, dequantize_blocks, level_indices, pack_blocks, unpack_blocks
+from tacq_export.format.quantize_ref import quantize_ref
 from tacq_export.format.sparse_section import KeptWeights, pack_sparse, unpack_sparse
 from tacq_export.format.tensor_types import TYPES
 
@@ -54,7 +55,8 @@ def edge_data() -> dict[str, np.ndarray]:
     alone[77] = -0.031
     mixed[::3] = -0.0
     lattice = np.concatenate(
-        [np.float32(2.0**-9) * np.resize(levels, 64) for codec in CODECS.values() for levels in codec.codebooks]
+        [np.float32(2.0**-9) * np.resize(codec.table, 64) for codec in CODECS.values()]
+        + [np.float32(2.0**-9) * (np.resize(codec.table, 64) + np.float32(0.5)) for codec in CODECS.values()]
     )
     return {
         "zeros": np.zeros(64, np.float32),
@@ -66,7 +68,7 @@ def edge_data() -> dict[str, np.ndarray]:
         "largest float": np.full(64, np.finfo(np.float32).max, np.float32),
         "denormals": (rng.normal(0, 1, 128) * 1e-41).astype(np.float32),
         "smallest denormal": np.full(64, 1e-45, np.float32),
-        "below the smallest scale": rng.normal(0, 1e-6, 128).astype(np.float32),
+        "below the smallest scale": rng.normal(0, 1e-10, 128).astype(np.float32),
         "constant": np.full(64, 0.0173, np.float32),
         "ties": lattice.astype(np.float32),
         "long tails": (rng.standard_t(2, 1024) * 0.02).astype(np.float32),
@@ -82,9 +84,9 @@ def test_quantize_edge_data(base, bits, name):
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
-@pytest.mark.parametrize("scale", [1e-4, 0.003, 0.02, 0.1, 1.0, 30.0])
+@pytest.mark.parametrize("scale", [1e-9, 1e-4, 0.02, 1.0, 30.0])
 def test_quantize_random_data(base, bits, scale):
-    rng = np.random.default_rng(int(scale * 1e5) + bits)
+    rng = np.random.default_rng(int(scale * 1e9) + bits)
     x = np.concatenate(
         [rng.normal(0, scale, 64 * 24), rng.laplace(0, scale, 64 * 24), rng.uniform(-scale, scale, 64 * 16)]
     )
@@ -93,10 +95,11 @@ def test_quantize_random_data(base, bits, scale):
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
-def test_dequantize_every_scale_byte_with_every_code(base, bits):
-    codes = np.resize(np.arange(1 << bits, dtype=np.uint8), (256, 64))
-    codes = np.stack([np.roll(row, i) for i, row in enumerate(codes)])  # every code in every place of the layout
-    scale_bytes = np.repeat(np.arange(256, dtype=np.uint8)[:, None], 2, axis=1)
+def test_dequantize_every_scale_byte_and_every_level(base, bits):
+    codes = np.random.default_rng(bits).integers(0, 1 << bits, (1024, 64), dtype=np.uint8)
+    for place in level_indices(bits, codes).T:  # every level in every place of the layout
+        assert set(place) == set(range(len(CODECS[bits].levels)))
+    scale_bytes = np.repeat(np.arange(1024).astype(np.uint8)[:, None], 2, axis=1)
     scale_bytes[:, 1] = scale_bytes[::-1, 1]
     data = pack_blocks(bits, codes, scale_bytes).reshape(-1)
     expected = dequantize_blocks(bits, codes, scale_bytes).reshape(-1)

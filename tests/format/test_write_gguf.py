@@ -227,10 +227,17 @@ def test_missing_files_and_folders_are_refused(tmp_path):
             open_gguf(path)
 
 
-def test_a_newer_format_version_is_refused(tmp_path):
-    write_tiny_model(tmp_path / "new.gguf", tensor_type("tacq2"), format_version=2)
-    with pytest.raises(TacqError, match="has TACQ format version 2, newer than this program's 1; upgrade tacq-export."):
-        open_gguf(tmp_path / "new.gguf")
+@pytest.mark.parametrize(
+    ("version", "words"),
+    [
+        (1, "has tacq.format_version 1, which this program does not read any more; export it again."),
+        (3, "has tacq.format_version 3 and this program reads version 2; upgrade tacq-export."),
+    ],
+)
+def test_another_format_version_is_refused(tmp_path, version, words):
+    write_tiny_model(tmp_path / "other.gguf", tensor_type("tacq2"), format_version=version)
+    with pytest.raises(TacqError, match=words):
+        open_gguf(tmp_path / "other.gguf")
 
 
 def test_a_type_id_that_is_a_hole_is_refused(tmp_path):

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write tests/golden/format_v1.json: floats in, the exact bytes and decoded floats out. Run once, when format version 1
+"""Write tests/golden/format_v2.json: floats in, the exact bytes and decoded floats out. Run once, when format version 2
 was frozen.
 
 Running it again must change nothing: files in the field hold these bytes. A new format gets a new file beside this one.
@@ -12,12 +12,13 @@ from pathlib import Path
 
 import numpy as np
 
-from tacq_export.format.block_codec import CODECS, dequantize_blocks, pack_blocks, quantize_ref
+from tacq_export.format.block_codec import CODECS, dequantize_blocks, pack_blocks
 from tacq_export.format.pack_tensor import QuantizedTensor, dequantize, pack_tensor
+from tacq_export.format.quantize_ref import quantize_ref
 from tacq_export.format.sparse_section import KeptWeights
 from tacq_export.format.tensor_types import TYPES_BY_NAME
 
-PATH = Path(__file__).with_name("format_v1.json")
+PATH = Path(__file__).with_name("format_v2.json")
 
 
 def inputs() -> dict[str, np.ndarray]:
@@ -31,6 +32,8 @@ def inputs() -> dict[str, np.ndarray]:
         "ramp": ((i - 64) / 512).astype(np.float32),
         "tiny": (noise / 4096).astype(np.float32),
         "large": (noise * 16).astype(np.float32),
+        "clipped": (noise * 1024).astype(np.float32),
+        "below the smallest scale": (noise / 2**27).astype(np.float32),
         "a zero group, then one weight": np.where(i == 70, -0.25, 0).astype(np.float32),
     }
 

@@ -1,11 +1,13 @@
 """The CPU kernels below the ops (cpp_ext/tacq-kernels.h): generic code against numpy in float64, each compiled variant
 against it.
 
-Variants: the one in the build (for this machine), and the same sources compiled here for a plain AVX2 machine and for
-none at all. All results of one row and token must be the same bits, however many rows and tokens are computed together.
+Variants: the one in the build (for this machine), and the same sources compiled here for AVX-512 without VBMI, for a
+plain AVX2 machine and for none at all. All results of one row and token must be the same bits, however many rows and
+tokens are computed together.
 """
 
 import ctypes
+import itertools
 import platform
 import shutil
 import subprocess
@@ -14,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from ggml_api import F32, I32, Ggml
-from random_tensors import random_kept, random_tensor
+from random_tensors import alternating_codes, random_kept, random_tensor
 from test_kernels import base_of, check_mixed, mul_mat_bound, run_mul_mat
 
 from tacq_export.format.block_codec import CODECS
@@ -26,7 +28,13 @@ from tacq_export.runtime.source import cpp_ext_dir, source_tree
 ROUNDING = 2.0**-24
 OFFSET, TILE, STRIPE = 64, 32, 48  # TACQ_OFFSET, TACQ_TILE, TACQ_STRIPE
 KERNELS = ["tacq-activations.c", "tacq-interleave.c", "tacq-gemv.c", "tacq-gemm.c", "tacq-sparse.c"]
-VARIANTS = {"built": None, "avx2": ["-mavx2", "-mfma", "-mf16c"], "none": ["-mno-avx"]}
+VARIANTS = {
+    "built": None,
+    "avx512": ["-march=cascadelake"],  # VNNI and no VBMI
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "none": ["-mno-avx"],
+}
+NEEDED = {"avx512": "avx512_vnni", "avx2": "avx2", "none": "sse2"}  # words of /proc/cpuinfo
 SHAPES = [(1, 64), (7, 576), (16, 64), (33, 896), (67, 1536)]
 
 
@@ -133,8 +141,8 @@ def kernels(request, runtime, tmp_path_factory):
         return Kernels(ctypes.CDLL(str(runtime / "libggml-cpu.so")))
     if platform.machine() != "x86_64" or not shutil.which("cc"):
         pytest.skip("variants are compiled for x86-64, with cc")
-    if request.param == "avx2" and "avx2" not in Path("/proc/cpuinfo").read_text():
-        pytest.skip("this machine has no AVX2")
+    if NEEDED[request.param] not in Path("/proc/cpuinfo").read_text():
+        pytest.skip(f"this machine has no {NEEDED[request.param]}")
     folder = tmp_path_factory.mktemp(request.param)
     return Kernels(ctypes.CDLL(str(compiled(folder, runtime, VARIANTS[request.param]))))
 
@@ -218,8 +226,7 @@ def test_many_tokens(kernels, bits, rows, n):
             tile[: n * TILE].reshape(n // 4, TILE, 4),
             tile[n * TILE :].view(np.float32).reshape(n // 32, TILE),
         )
-        books = np.concatenate(CODECS[bits].codebooks)
-        assert set(np.unique(levels[:, :rows])) <= {int(v) + OFFSET for v in books}
+        assert set(np.unique(levels[:, :rows])) <= {v + OFFSET for v in CODECS[bits].levels}
         signed = levels[:, :rows].astype(np.float64).transpose(1, 0, 2).reshape(rows, n) - OFFSET
         assert (signed * np.repeat(scales[:, :rows].T, 32, axis=1) == weights).all()
         tiles.append(tile)
@@ -279,23 +286,33 @@ def test_interleaved_rows(kernels, bits, rows, n):
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_largest_sums_do_not_saturate(kernels, bits):
-    """Every level against activations of +-127: pairs of products are at the limit of 16 bits."""
-    codec, n = CODECS[bits], 128
-    for book, levels in enumerate(codec.codebooks):
-        for code in range(len(levels)):
-            for sign in (1, -1):
-                scale_byte = (book << codec.scale_bits) | ((1 << codec.scale_bits) - 1)
-                tensor = random_tensor(np.random.default_rng(0), TYPES_BY_NAME[f"TACQ{bits}"], 16, n)
-                tensor.codes[:], tensor.scale_bytes[:] = code, scale_byte
-                act = kernels.quantize(np.full(n, 127.0 * sign, np.float32))
-                exact = dequantize(tensor).astype(np.float64).sum(axis=1) * 127 * sign
-                y, tile = np.zeros((1, 16), np.float32), aligned(n * TILE + n // 32 * TILE * 4, np.uint8)
-                data = pack_tensor(tensor).copy()
-                kernels.call("tacq_gemv", bits, n, 16, 1, data, len(data) // 16, None, [act], list(y))
-                assert y[0] == pytest.approx(exact, rel=1e-6)
-                kernels.call("tacq_unpack", bits, n, 16, data, len(data) // 16, tile)
-                kernels.call("tacq_gemm", n, 16, 1, tile, [act], list(y))
-                assert y[0] == pytest.approx(exact, rel=1e-6)
+    """Every level, in pairs, against activations of +-127: pairs of products are at the limit of 16 bits."""
+    n = 128
+    tensor = random_tensor(np.random.default_rng(0), TYPES_BY_NAME[f"TACQ{bits}"], 16, n)
+    tensor.scale_bytes[:] = 0x7F
+    for first, second in itertools.product(range(1 << bits), repeat=2):
+        for sign in (1, -1):
+            tensor.codes[:] = alternating_codes(bits, (16, n), first, second)
+            act = kernels.quantize(np.full(n, 127.0 * sign, np.float32))
+            exact = dequantize(tensor).astype(np.float64).sum(axis=1) * 127 * sign
+            y, tile = np.zeros((1, 16), np.float32), aligned(n * TILE + n // 32 * TILE * 4, np.uint8)
+            data = pack_tensor(tensor).copy()
+            kernels.call("tacq_gemv", bits, n, 16, 1, data, len(data) // 16, None, [act], list(y))
+            assert y[0] == pytest.approx(exact, rel=1e-6)
+            kernels.call("tacq_unpack", bits, n, 16, data, len(data) // 16, tile)
+            kernels.call("tacq_gemm", n, 16, 1, tile, [act], list(y))
+            assert y[0] == pytest.approx(exact, rel=1e-6)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_every_scale_byte(kernels, bits):
+    """Exactly, in a tile; 0 and no small number for k = 0."""
+    tensor = random_tensor(np.random.default_rng(1), TYPES_BY_NAME[f"TACQ{bits}"], TILE, 256)
+    tensor.scale_bytes[:] = np.arange(TILE * 8).reshape(TILE, 8)
+    data, tile = pack_tensor(tensor).copy(), aligned(256 * TILE + 8 * TILE * 4, np.uint8)
+    kernels.call("tacq_unpack", bits, 256, TILE, data, len(data) // TILE, tile)
+    scales = tile[256 * TILE :].view(np.float32).reshape(8, TILE).T
+    assert scales.tobytes() == CODECS[bits].scale_of_byte[tensor.scale_bytes].tobytes()
 
 
 @pytest.mark.parametrize(

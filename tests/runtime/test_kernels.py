@@ -7,6 +7,7 @@ a/254, plus the scale's rounding to fp16, a * 2^-11.
 """
 
 import ctypes
+import itertools
 import os
 import subprocess
 import sys
@@ -15,9 +16,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from ggml_api import F32, I32, Ggml
-from random_tensors import random_tensor
+from random_tensors import alternating_codes, random_tensor
 
-from tacq_export.format.block_codec import CODECS
 from tacq_export.format.pack_tensor import QuantizedTensor, dequantize, pack_tensor
 from tacq_export.format.sparse_section import capacity
 from tacq_export.format.tensor_types import TYPES, TYPES_BY_NAME, tensor_type
@@ -102,19 +102,16 @@ def test_vec_dot(ggml, bits, n):
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_vec_dot_does_not_saturate(ggml, bits):
-    """The largest levels against the largest activations, all of one sign: the 16-bit sums of the SIMD code are at
-    their limit."""
-    codec = CODECS[bits]
-    for book, levels in enumerate(codec.codebooks):
-        for code in (0, len(levels) - 1):
-            scale_byte = (book << codec.scale_bits) | ((1 << codec.scale_bits) - 1)
-            codes, scale_bytes = np.full((1, 128), code, np.uint8), np.full((1, 4), scale_byte, np.uint8)
-            tensor = QuantizedTensor(TYPES_BY_NAME[f"TACQ{bits}"], codes, scale_bytes)
-            y = np.frombuffer((np.float16(1).tobytes() + b"\x7f" * 32) * 4, np.uint8)
-            exact = float(dequantize(tensor)[0].astype(np.float64) @ np.full(128, 127.0))
-            assert vec_dot(ggml, f"tacq_vec_dot_tacq{bits}_q8_0", pack_tensor(tensor), y, 128) == pytest.approx(
-                exact, rel=1e-6
-            )
+    """Every level, in pairs, against the largest activations of one sign: the 16-bit sums of the SIMD code are at their
+    limit."""
+    for first, second in itertools.product(range(1 << bits), repeat=2):
+        codes, scale_bytes = alternating_codes(bits, (1, 128), first, second), np.full((1, 4), 0x7F, np.uint8)
+        tensor = QuantizedTensor(TYPES_BY_NAME[f"TACQ{bits}"], codes, scale_bytes)
+        y = np.frombuffer((np.float16(1).tobytes() + b"\x7f" * 32) * 4, np.uint8)
+        exact = float(dequantize(tensor)[0].astype(np.float64) @ np.full(128, 127.0))
+        assert vec_dot(ggml, f"tacq_vec_dot_tacq{bits}_q8_0", pack_tensor(tensor), y, 128) == pytest.approx(
+            exact, rel=1e-6
+        )
 
 
 # -- ops ---------------------------------------------------------------------------------------------------------------

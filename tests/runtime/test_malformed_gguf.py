@@ -148,9 +148,16 @@ def test_hostile_token_embeddings_are_refused(runtime, tmp_path):
     assert_refused(load(runtime, tmp_path / "hostile.gguf"), "token_embd.weight", "rows")
 
 
-def test_newer_format_version_is_refused(runtime, tmp_path):
-    write_tiny_model(tmp_path / "newer.gguf", TYPE, format_version=2)
-    assert_refused(load(runtime, tmp_path / "newer.gguf"), "tacq.format_version 2", "upgrade")
+@pytest.mark.parametrize(
+    ("version", "words"),
+    [
+        (1, "this file has tacq.format_version 1, which this program does not read any more; export it again"),
+        (3, "this file has tacq.format_version 3 and this program reads version 2; upgrade tacq-export"),
+    ],
+)
+def test_another_format_version_is_refused(runtime, tmp_path, version, words):
+    write_tiny_model(tmp_path / "other.gguf", TYPE, format_version=version)
+    assert_refused(load(runtime, tmp_path / "other.gguf"), words)
 
 
 def test_a_file_without_format_version_is_read(runtime, tmp_path):
