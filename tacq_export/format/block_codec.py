@@ -6,7 +6,7 @@ ring, so that a group decodes alone.
 
 Pure functions on numpy arrays; `pack_blocks` and `unpack_blocks` are inverses. The same numbers and the same bytes as
 `cpp_ext/tacq-common.h` and `cpp_ext/tacq-quants.c`, bit for bit (tests/format/test_python_equals_c.py).
-cpp_ext/FORMAT.md has the byte specification, `tools/fit_codebooks.py` the measurements that chose the numbers.
+cpp_ext/FORMAT.md has the byte specification, `tools/fit_tables.py` the measurements that chose the numbers.
 """
 
 from __future__ import annotations

@@ -103,13 +103,22 @@ def _pool(n_threads: int) -> ThreadPoolExecutor:
 class PanelDescent:
     """Descends panel by panel (groups of the same 32 columns in all rows) over one matrix.
 
-    bits: of the codec.  passes: over a group's codes once its byte is chosen.
+    bits: of the codec.  passes: over a group's codes once its byte is chosen.  scales, levels: float32 [256] and as
+    many as the codec has, to try others than the codec's (tools/fit_tables.py).
     """
 
-    def __init__(self, bits: int, n_rows: int, passes: int = 2):
+    def __init__(
+        self,
+        bits: int,
+        n_rows: int,
+        passes: int = 2,
+        scales: torch.Tensor | None = None,
+        levels: torch.Tensor | None = None,
+    ):
         self._library = _library()
         codec = CODECS[bits]
-        self._scales, self._levels = torch.from_numpy(codec.scale_of_byte), torch.from_numpy(codec.table)
+        self._scales = torch.from_numpy(codec.scale_of_byte) if scales is None else scales
+        self._levels = torch.from_numpy(codec.table) if levels is None else levels
         self._n_rows = n_rows
         self._task = _Descent(
             bits=bits,
