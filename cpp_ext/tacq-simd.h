@@ -1,7 +1,7 @@
 #pragma once
 
 // Vectors of TACQ_LANES rows: lane r holds something of row r. 16 lanes on AVX-512 (VNNI), 8 on AVX2, 4 on NEON (dot product). What there is for one
-// machine only is in this file; tacq-gemv.c and tacq-gemm.c are written with these functions.
+// machine only is in this file, but for the lookups of AVX-512 VBMI (tacq-block.h); tacq-gemv.c and tacq-gemm.c are written with these functions.
 
 #include "tacq-kernels.h"
 
