@@ -8,7 +8,6 @@ against. naive_trellis.py has the choice for types whose codes form a trellis.
 from __future__ import annotations
 
 import numpy as np
-
 from naive_trellis import best_ring
 
 from tacq_export.format.block_codec import CODECS

@@ -5,9 +5,9 @@
     fit_tables.py --fit --bits 2                          tables trained from many starts, the best first
 
 Errors are squared errors over squared weights, of groups of 32 that have nothing to do with each other (a diagonal H),
-found by the exporter's own search (tacq_export/quantization/group_descent.c). Groups: standard normal ones, and those of
-the linear matrices of each model, spread evenly and divided by their root mean square. Training is Lloyd's iteration on
-paths: every weight goes to the level that the search gave it, and every level to the mean of its weights. Trained on
+found by the exporter's own search (tacq_export/quantization/group_descent.c). Groups: standard normal ones, and those
+of the linear matrices of each model, spread evenly and divided by their root mean square. Training is Lloyd's iteration
+on paths: every weight goes to the level that the search gave it, and every level to the mean of its weights. Trained on
 half of the groups of the models, measured on the other half.
 """
 

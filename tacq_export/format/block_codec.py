@@ -1,8 +1,8 @@
-"""The base codec: blocks of 64 weights, one scale byte per 32, and 2-, 3- or 4-bit codes into a table of small integers.
+"""The base codec: blocks of 64 weights, a scale byte for 32, and 2-, 3- or 4-bit codes into a table of small integers.
 
-In TACQ2 and TACQ3 a weight's level is looked up with its code and the low two bits of the code before it (trellis-coded
-quantization: Marcellin and Fischer 1990; the bitshift form of QTIP, arXiv 2406.11235). The codes of a group of 32 form a
-ring, so that a group decodes alone.
+In TACQ2 and TACQ3 a weight's level is looked up with its code and the low two bits of the code before it
+(trellis-coded quantization: Marcellin and Fischer 1990; the bitshift form of QTIP, arXiv 2406.11235). The codes of a
+group of 32 form a ring, so that a group decodes alone.
 
 Pure functions on numpy arrays; `pack_blocks` and `unpack_blocks` are inverses. The same numbers and the same bytes as
 `cpp_ext/tacq-common.h` and `cpp_ext/tacq-quants.c`, bit for bit (tests/format/test_python_equals_c.py).
@@ -18,8 +18,8 @@ import numpy as np
 
 from .tensor_types import BLOCK_SIZE, GROUP_SIZE
 
-# The order in which the ring of a group visits its weights: 0 4 8 12, 1 5 9 13, ... of 16, then the same of the other 16.
-# Four weights that are neighbours are then in the same place of four neighbouring bytes.
+# The order in which the ring of a group visits its weights: 0 4 8 12, 1 5 9 13, ... of 16, then the same of the other
+# 16. Four weights that are neighbours are then in the same place of four neighbouring bytes.
 RING = np.arange(GROUP_SIZE).reshape(2, 4, 4).transpose(0, 2, 1).reshape(-1)
 STATES = 4  # that a code leaves for the next one: its low two bits
 
@@ -33,9 +33,9 @@ class BlockCodec:
     """The numbers of one base type.
 
     levels: of a TACQ4 code; of a TACQ2 or TACQ3 code and the one before it, at 4 * code + (code before) % 4.
-    A scale byte holds a sign (bit 7) and `k` (bits 0 to 6). The scale is 0 for k = 0, else the float32 whose bit pattern
-    is origin + k * step: logarithmic steps with a linear mantissa. `search_below` and `search_above` are how many steps
-    around the scale that a group asks for the reference quantizer looks (quantize_ref.py).
+    A scale byte holds a sign (bit 7) and `k` (bits 0 to 6). The scale is 0 for k = 0, else the float32 whose bits
+    are origin + k * step: logarithmic steps with a linear mantissa. `search_below` and `search_above` are how many
+    steps around the scale that a group asks for the reference quantizer looks (quantize_ref.py).
     """
 
     bits: int
@@ -147,7 +147,10 @@ def unpack_blocks(bits: int, data: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def level_indices(bits: int, codes: np.ndarray) -> np.ndarray:
-    """int64 [..., n]: where each weight's level is in `BlockCodec.levels`. codes: uint8 [..., n], n a multiple of 32."""
+    """int64 [..., n]: where each weight's level is in `BlockCodec.levels`.
+
+    codes: uint8 [..., n], n a multiple of 32.
+    """
     if not CODECS[bits].trellis:
         return codes.astype(np.int64)
     ring = codes.reshape(*codes.shape[:-1], -1, GROUP_SIZE)[..., RING].astype(np.int64)

@@ -1,8 +1,8 @@
 """Plain rounding to the base types: the Python twin of `quantize_row_tacq<b>_ref` in cpp_ext/tacq-quants.c.
 
-The same bytes for the same floats. Errors are summed in float64 in a fixed order, and the first of equal candidates wins,
-so that C and Python cannot differ. It is the yardstick of the codec and of llama-quantize; exports search with the
-matrix's Hessian instead (tacq_export/quantization).
+The same bytes for the same floats. Errors are summed in float64 in a fixed order, and the first of equal candidates
+wins, so that C and Python cannot differ. It is the yardstick of the codec and of llama-quantize; exports search with
+the matrix's Hessian instead (tacq_export/quantization).
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ def quantize_ref(bits: int, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray
 
 
 def _window(codec: BlockCodec, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(int64 [groups], int64 [groups]): the first and the last k to try. TACQ4: around the least scale that does not clip.
-    Trellis: around the least under which the mean square of the table is not below that of the group, and at least up to
-    the one that does not clip."""
+    """(int64 [groups], int64 [groups]): the first and the last k to try. TACQ4: around the least that does not clip.
+    Trellis: around the least under which the mean square of the table is not below that of the group, and at least up
+    to the one that does not clip."""
     peak = np.searchsorted(codec.magnitudes * np.float32(codec.largest), np.abs(groups).max(axis=1))
     if not codec.trellis:
         peak = np.minimum(peak, K_MAX)

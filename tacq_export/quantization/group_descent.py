@@ -1,4 +1,5 @@
-"""Binding of group_descent.c and group_trellis.c: compiled once into the cache, with the C compiler that also builds the runtime.
+"""Binding of group_descent.c and group_trellis.c: compiled once into the cache, with the C compiler that also builds
+the runtime.
 
 The inner loop of the quantizer takes a few hundred dependent operations a group of 32 weights, for which torch would
 start one kernel each.
@@ -54,7 +55,13 @@ def _library() -> ctypes.CDLL:
         raise TacqError(
             "There is no C compiler for the quantizer; install one (on Debian and Ubuntu: sudo apt-get install gcc)."
         )
-    decisive = [*(path.read_text() for path in [*_SOURCES, *_HEADERS]), *_FLAGS, *_SPEED_FLAGS, compiler, machine_identity()]
+    decisive = [
+        *(path.read_text() for path in [*_SOURCES, *_HEADERS]),
+        *_FLAGS,
+        *_SPEED_FLAGS,
+        compiler,
+        machine_identity(),
+    ]
     key = hashlib.sha256("\n".join(decisive).encode()).hexdigest()[:16]
     target = cache_dir() / "quantizer" / f"group_descent-{key}.so"
     if not target.is_file():
@@ -62,7 +69,9 @@ def _library() -> ctypes.CDLL:
         partial = target.with_name(f"{target.name}.{os.getpid()}.tmp")
         command = [*compiler.split(), *_FLAGS, *accepted_flags(compiler, _SPEED_FLAGS)]
         try:
-            done = subprocess.run([*command, "-o", str(partial), *map(str, _SOURCES), "-lm"], capture_output=True, text=True)
+            done = subprocess.run(
+                [*command, "-o", str(partial), *map(str, _SOURCES), "-lm"], capture_output=True, text=True
+            )
             said = done.stderr.splitlines()
             lines = ([line for line in said if "error" in line] or said or ["no output"]) if done.returncode else []
         except OSError as error:  # what CC names is not there

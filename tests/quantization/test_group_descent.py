@@ -7,9 +7,9 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import numpy as np
 import naive_descent
 import naive_trellis
+import numpy as np
 import pytest
 import torch
 from naive_descent import best_group, loss_change, values_of_byte
