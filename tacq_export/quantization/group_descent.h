@@ -4,8 +4,10 @@
 
 #include <stdint.h>
 
-#if defined(__AVX512F__)
+#if defined(__AVX__)
 #include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
 #endif
 
 #define GROUP 32  // weights that share a scale byte

@@ -208,8 +208,9 @@ static inline float close_path(const int bits, const struct tacq_descent * t, co
 static inline uint8_t choose(const int bits, const struct tacq_descent * t, const struct tacq_trellis * p, const float * target, const uint8_t * kept,
                              const uint8_t * bytes, int n, uint8_t * codes) {
     float   bound[256], best = INFINITY;
-    uint8_t byte = 0;
+    uint8_t byte = 0; // and codes of 0, should no loss be a finite number
     choice  came[GROUP], begin;
+    memset(codes, 0, GROUP);
     // free to begin anywhere: what the scale can give at best, and a closed path if its ends happen to meet
     for (int i = 0; i < n; i += SIDES) {
         lanes scale;

@@ -4,6 +4,8 @@
 
 #include "group_descent.h"
 
+#include <string.h>
+
 #define STATES 4
 #define SIDES  (LANES/STATES) // paths that are searched side by side: scales, or states to begin with
 
@@ -11,6 +13,25 @@
 static inline lanes of_state(lanes x, choice from) {
 #if defined(__AVX512F__)
     return (lanes) _mm512_permutevar_ps((__m512) x, (__m512i) from);
+#elif defined(__AVX__)
+    __m256  half[2];
+    __m256i half_from[2];
+    memcpy(half,      &x,    sizeof(x));
+    memcpy(half_from, &from, sizeof(from));
+    half[0] = _mm256_permutevar_ps(half[0], half_from[0]);
+    half[1] = _mm256_permutevar_ps(half[1], half_from[1]);
+    memcpy(&x, half, sizeof(x));
+    return x;
+#elif defined(__ARM_NEON) && defined(__aarch64__)
+    const choice  bytes = from*0x04040404 + 0x03020100;
+    uint8x16_t    part[LANES/STATES], place[LANES/STATES];
+    memcpy(part,  &x,     sizeof(x));
+    memcpy(place, &bytes, sizeof(bytes));
+    for (int i = 0; i < LANES/STATES; i++) {
+        part[i] = vqtbl1q_u8(part[i], place[i]);
+    }
+    memcpy(&x, part, sizeof(x));
+    return x;
 #else
     lanes y;
     for (int l = 0; l < LANES; l++) {
@@ -29,8 +50,21 @@ static inline choice if_else_int(mask m, choice a, choice b) { return (choice) _
 #else
 typedef choice mask;
 static inline mask   is_less(lanes a, lanes b)               { return a < b; }
-static inline choice if_else_int(mask m, choice a, choice b) { return (a & m) | (b & ~m); }
-static inline lanes  if_else(mask m, lanes a, lanes b)       { return (lanes) if_else_int(m, (choice) a, (choice) b); }
+static inline lanes  if_else(mask m, lanes a, lanes b) {
+#if defined(__AVX__)
+    __m256 x[2], y[2], z[2];
+    memcpy(x, &a, sizeof(a));
+    memcpy(y, &b, sizeof(b));
+    memcpy(z, &m, sizeof(m));
+    x[0] = _mm256_blendv_ps(y[0], x[0], z[0]);
+    x[1] = _mm256_blendv_ps(y[1], x[1], z[1]);
+    memcpy(&a, x, sizeof(a));
+    return a;
+#else
+    return (lanes) (((choice) a & m) | ((choice) b & ~m));
+#endif
+}
+static inline choice if_else_int(mask m, choice a, choice b) { return (choice) if_else(m, (lanes) a, (lanes) b); }
 #endif
 
 static inline choice every(int x) { return (choice) {0} + x; }
