@@ -287,4 +287,14 @@ CALL_SITES = [
         # are dropped: the instruction then faults on what lies on the stack.
         insert='    __asm__ volatile("" : : "r" (&tc) : "memory"); // gcc 12 drops stores to tc without it\n',
     ),
+    CallSite(
+        name="three-dimensional weights",
+        file="ggml/src/ggml-cpu/amx/amx.cpp",
+        inside="class extra_buffer_type : ggml::cpu::extra_buffer_type {\n",
+        anchor="        if (op->ne[0] % (TILE_N * 2)) {\n",
+        where="before",
+        # MLA's attn_k_b is put into AMX's buffer, and when the graph is made its input is not contiguous: no backend takes it, and
+        # llama.cpp aborts ("pre-allocated tensor in a buffer that cannot run the operation").
+        insert="        if (src0->ne[2] != 1) { return false; }\n",
+    ),
 ]

@@ -72,7 +72,7 @@ def write_architecture(folder: Path, name: str, seed: int = 0) -> PreTrainedMode
             config[key] = value
     path.write_text(json.dumps(config, indent=1))
     if architecture.tokenizer.startswith("gpt2"):
-        _write_gpt2_tokenizer(folder, architecture.tokenizer == "gpt2-bos")
+        write_gpt2_tokenizer(folder, architecture.tokenizer == "gpt2-bos")
     else:
         write_tokenizer(folder)
     if architecture.tokenizer == "sentencepiece-json":
@@ -146,7 +146,7 @@ def gpt2_tokenizer() -> str:
     return json.dumps(tokenizer)
 
 
-def _write_gpt2_tokenizer(folder: Path, bos: bool) -> None:
+def write_gpt2_tokenizer(folder: Path, bos: bool) -> None:
     (folder / "tokenizer.json").write_text(gpt2_tokenizer())
     config = {
         "tokenizer_class": "TokenizersBackend",
