@@ -7,6 +7,7 @@ torch parameter each GGUF tensor is, so no architecture needs code of its own he
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,11 +89,20 @@ def load_model(source: str | Source, workdir: Path, device: str, reporter: Repor
     model.eval().requires_grad_(False)
     multiply_one_by_one(model)
     check_reference_loads(reference_path)
+    give_back_memory()
     reference = open_gguf(reference_path)
     tokenizer = ModelTokenizer(reference_path, reporter.say, reference)
     linear, embedding, head = link_tensors(model, reference, reporter)
     torch.nn.Module.to(model, target)
     return LoadedModel(model, tokenizer, reference, reference_path, linear, embedding, head)
+
+
+def give_back_memory() -> None:
+    """What the loaders have freed goes back to the system. glibc keeps it otherwise: as much as the model again where
+    transformers joins the matrices of experts."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _both_sides(source: Source, reference_path: Path, reporter: Reporter) -> PreTrainedModel:
