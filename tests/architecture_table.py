@@ -123,7 +123,7 @@ GRANITE = {"embedding_multiplier": 4.0, "logits_scaling": 2.0, "residual_multipl
 HYBRID = {"layer_types": ["mamba", "attention", "mamba"], "num_hidden_layers": 3}
 GEMMA3 = HEAD | WINDOW | {"num_hidden_layers": 6, "query_pre_attn_scalar": 16}
 # llama.cpp has its 20 layers with keys of their own, its 10 sparse ones and its widths as constants.
-GEMMA3N = HEAD | WINDOW | {"num_hidden_layers": 20, "num_kv_shared_layers": 0, "intermediate_size": [128] * 20}
+GEMMA3N = HEAD | WINDOW | {"num_hidden_layers": 20, "num_kv_shared_layers": 0, "intermediate_size": [2048] * 20}
 GEMMA3N |= {"activation_sparsity_pattern": [0.95] * 10 + [0.0] * 10, "laurel_rank": 64}
 GEMMA3N |= {"layer_types": [("full" if i % 5 == 4 else "sliding") + "_attention" for i in range(20)]}
 PER_LAYER = {"hidden_size_per_layer_input": 32, "vocab_size_per_layer_input": VOCAB}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import TacqError
+from .build import usable_cpus
 from .llama_vocab import LlamaVocab
 
 # Tokens decoded at once: bounds memory to CHUNK x vocabulary x 4 bytes a model (155 MB at 152k).
@@ -38,7 +38,7 @@ class LlamaModel(LlamaVocab):
         params.n_ctx = self.n_ctx * sequences
         params.n_seq_max = sequences
         params.n_batch = params.n_ubatch = CHUNK
-        params.n_threads = params.n_threads_batch = threads or len(os.sched_getaffinity(0))
+        params.n_threads = params.n_threads_batch = threads or usable_cpus()
         params.no_perf = True
         self._context = lib.llama_init_from_model(self._model, params)
         if not self._context:
