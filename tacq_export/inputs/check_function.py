@@ -36,7 +36,8 @@ KL_LIMIT = 1e-3
 ERROR_LIMIT = 0.05
 _FIRST = 8  # texts that are looked at
 _TOKENS = 256  # of the text, more where a window needs it
-_LOGITS = 1 << 25  # held at once on each side: 128 MB
+_LOGITS = 1 << 23  # held at once on each side: 32 MB
+_BLOCK = 1 << 18  # compared at once: 1 MB, which the heap gives back
 _BEYOND = 64  # tokens after the end of a window
 
 
@@ -144,10 +145,10 @@ def _llama_logits(
 ) -> Iterator[np.ndarray]:
     """float32 [a few positions, vocabulary], in the order of `positions`."""
     with LlamaLogits(loaded.reference_path, len(text), threads) as llama:
-        for begin, logits in llama.chunks(text):
-            inside = positions[(positions >= begin) & (positions < begin + len(logits))] - begin
-            if len(inside):
-                yield logits[inside]
+        for _, logits in llama.chunks(text, wanted=positions):
+            rows = max(_BLOCK // logits.shape[1], 1)
+            for first in range(0, len(logits), rows):
+                yield logits[first : first + rows]
 
 
 def _refusal(loaded: LoadedModel, agreement: Agreement, passed: list[int], robust: bool, from_gguf: bool) -> str:

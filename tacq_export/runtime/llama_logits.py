@@ -68,9 +68,10 @@ class LlamaModel(LlamaVocab):
 class LlamaLogits(LlamaModel):
     """A model that is asked for all logits of one text at a time."""
 
-    def chunks(self, tokens: list[int]) -> Iterator[tuple[int, np.ndarray]]:
+    def chunks(self, tokens: list[int], wanted: np.ndarray | None = None) -> Iterator[tuple[int, np.ndarray]]:
         """(first position, float32 [n, n_vocab]) of each chunk of a text; the array is valid until the next chunk.
 
+        wanted: positions, ascending, whose logits alone are computed and given; all of them unless given.
         Raises TacqError for a token outside the vocabulary or a text longer than n_ctx.
         """
         lib, batch = self._lib, self._batch
@@ -85,7 +86,11 @@ class LlamaLogits(LlamaModel):
             piece = tokens[begin : begin + CHUNK]
             batch.n_tokens = len(piece)
             np.ctypeslib.as_array(batch.token, (CHUNK,))[: len(piece)] = piece
-            np.ctypeslib.as_array(batch.pos, (CHUNK,))[: len(piece)] = np.arange(begin, begin + len(piece))
+            places = np.arange(begin, begin + len(piece))
+            np.ctypeslib.as_array(batch.pos, (CHUNK,))[: len(piece)] = places
+            chosen = np.ones(len(piece), bool) if wanted is None else np.isin(places, wanted)
+            np.ctypeslib.as_array(batch.logits, (CHUNK,))[: len(piece)] = chosen
             self._evaluate()
-            logits = lib.llama_get_logits(self._context)
-            yield begin, np.ctypeslib.as_array(logits, (len(piece), self.n_vocab))
+            if chosen.any():
+                logits = lib.llama_get_logits(self._context)
+                yield begin, np.ctypeslib.as_array(logits, (int(chosen.sum()), self.n_vocab))
