@@ -28,6 +28,7 @@ from ..errors import TacqError
 from ..reporting import Reporter
 from ..runtime.llama_logits import LlamaLogits
 from .gguf_differences import differences, window_lengths
+from .gguf_header import Header
 from .load_model import LoadedModel
 
 KL_LIMIT = 1e-3
@@ -78,6 +79,11 @@ def check_function(
     agreement = measure(loaded, text, threads)
     robust = has_experts(loaded)
     if agreement.holds(robust) and all(agreement.holds(robust, since=length) for length in passed):
+        if (length := _long_rope(loaded)) and max(map(len, texts)) <= length:
+            reporter.say(
+                f"This model has other rope factors in llama.cpp for a context of more than {length} tokens, whatever "
+                f"the length of the text; all texts here are shorter, so run the file with -c {length} or less."
+            )
         reporter.say(
             f"torch and llama.cpp agree on the float model: KL {agreement.kl.mean():.1e} on {agreement.n_tokens} "
             f"tokens, relative error of the logits {agreement.error.mean():.1e}."
@@ -89,6 +95,13 @@ def check_function(
 def has_experts(loaded: LoadedModel) -> bool:
     """True if tokens are routed to experts."""
     return any("_exps." in tensor.name for tensor in loaded.reference.tensors)
+
+
+def _long_rope(loaded: LoadedModel) -> int:
+    """Tokens of context beyond which llama.cpp takes LongRoPE's long factors; 0 if there are none."""
+    if not any(tensor.name.startswith("rope_factors_long") for tensor in loaded.reference.tensors):
+        return 0
+    return Header(loaded.reference).get("rope.scaling.original_context_length") or 0
 
 
 def _choose_text(texts: Sequence[Sequence[int]], lengths: Sequence[int]) -> tuple[list[int], list[int]]:
