@@ -183,13 +183,39 @@ def _permute_rotated_part(llama: Any, n_rotated: int) -> None:
     llama.permute = staticmethod(permute_part)
 
 
+def _json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _with_own_splitting(auto: Any) -> None:
+    """Let `auto` (transformers.AutoTokenizer) split texts as the folder's tokenizer.json says, and want BOS as its
+    tokenizer_config.json does. transformers 5 puts the expression of its own class there for some model types (qwen2,
+    qwen3_5), whatever tokenizer a folder has, and the converter knows tokenizers by what they make of a text."""
+    original = auto.from_pretrained
+
+    def from_pretrained(folder: Any, *args: Any, **options: Any) -> Any:
+        tokenizer, path = original(folder, *args, **options), Path(folder) / "tokenizer.json"
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is not None and path.is_file():
+            own = importlib.import_module("tokenizers").Tokenizer.from_file(str(path))
+            for part in ("normalizer", "pre_tokenizer"):
+                if (value := getattr(own, part)) is not None:
+                    setattr(backend, part, value)
+            if _json(Path(folder) / "tokenizer_config.json").get("add_bos_token"):
+                # What is said, and not what the tokenizer does: the converter looks at its tokens, too.
+                tokenizer._add_bos_token = True
+        return tokenizer
+
+    auto.from_pretrained = from_pretrained
+
+
 def main(tree: Path, folder: Path, outfile: Path, text_architecture: str | None = None) -> None:
     sys.path[:0] = [str(tree), str(tree / "gguf-py")]
     conversion = importlib.import_module("conversion")  # of the tree
     spellings = {name.lower(): name for name in conversion.TEXT_MODEL_MAP}
 
     def read(folder: Path) -> dict[str, Any]:
-        raw = json.loads((folder / "config.json").read_text())
+        raw = _json(folder / "config.json")
         for key in _TEXT_CONFIGS:  # the converter's own renaming
             if key in raw and "text_config" not in raw:
                 raw["text_config"] = raw[key]
@@ -223,6 +249,7 @@ def main(tree: Path, folder: Path, outfile: Path, text_architecture: str | None 
     conversion.ModelBase.load_hparams = staticmethod(load_hparams)
     conversion.ModelBase.no_mtp = True
     vars(conversion)["get_model_class"] = get_model_class
+    _with_own_splitting(importlib.import_module("transformers").AutoTokenizer)
     _cut_vocabularies(importlib.import_module("gguf").GGUFWriter)
     sys.argv = ["convert_hf_to_gguf.py", str(folder), "--outtype", "f16", "--outfile", str(outfile)]
     runpy.run_path(str(tree / "convert_hf_to_gguf.py"), run_name="__main__")

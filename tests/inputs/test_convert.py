@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from tiny_hf import write_bpe_tokenizer, write_model_folder
 from transformers import (
+    AutoTokenizer,
     Gemma3TextConfig,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
@@ -19,6 +21,8 @@ from transformers import (
     NemotronHConfig,
     NemotronHForCausalLM,
     PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     Qwen3NextConfig,
     Qwen3NextForCausalLM,
 )
@@ -30,6 +34,7 @@ from tacq_export.inputs.convert import convert_to_f16
 from tacq_export.inputs.convert_launcher import (
     _permute_rotated_part,
     _transpose_packed_experts,
+    _with_own_splitting,
     cut_padding,
     merged_config,
     with_older_names,
@@ -225,6 +230,24 @@ def test_the_converters_reasons(tmp_path, monkeypatch):
     assert "AssertionError of 'assert head_dim is not None'" in failing(monkeypatch, log, tmp_path)
     assert "(KeyError: 'n_ctx')" in failing(monkeypatch, "Traceback\nKeyError: 'n_ctx'\n", tmp_path)
     assert "(no output)" in failing(monkeypatch, "", tmp_path)
+
+
+def test_the_tokenizer_is_the_folders_own_and_not_that_of_its_model_type(tmp_path):
+    """transformers 5 splits digits one by one in any folder of a Qwen2."""
+    torch.manual_seed(0)
+    folder = tmp_path / "model"
+    Qwen2ForCausalLM(Qwen2Config(**SIZES)).save_pretrained(folder)
+    write_bpe_tokenizer(folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"add_bos_token": True}))
+    assert len(AutoTokenizer.from_pretrained(folder).encode("33333")) == 5
+    convert_to_f16(folder, 1, None, tmp_path / "reference.gguf", Reporter())
+    reader = open_gguf(tmp_path / "reference.gguf")
+    assert field_value(reader, "tokenizer.ggml.pre") == "gpt-2"
+    auto = SimpleNamespace(from_pretrained=AutoTokenizer.from_pretrained)
+    _with_own_splitting(auto)
+    found = auto.from_pretrained(folder)
+    assert len(found.encode("33333")) == 2 and found.add_bos_token, "BOS is wanted, and not among the tokens"
 
 
 def test_a_tokenizer_that_llama_cpp_does_not_recognize(tmp_path):
