@@ -10,6 +10,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import gguf
 import numpy as np
 import torch
 
@@ -20,7 +21,7 @@ from .errors import TacqError
 from .files import claimed, need_space
 from .format.gguf_file import numpy_shape, open_gguf, raw_bytes, type_named
 from .format.pack_tensor import unpack_tensor
-from .format.tensor_types import FORMAT_VERSION, TYPES_BY_ID, TYPES_BY_NAME, TensorType
+from .format.tensor_types import FORMAT_VERSION, TYPES_BY_ID
 from .format.write_gguf import PlannedTensor, copied, encoded, write_gguf
 from .inputs.check_function import check_function
 from .inputs.check_source import check_source
@@ -131,7 +132,7 @@ def _export(config: ExportConfig, reporter: Reporter) -> ExportResult | None:
     quantize_embedding(loaded, selection, work, reporter)
     if tuning:
         tune_vectors(tuning, loaded, fixed, config, work, reporter)
-    keys = metadata(config, task.name, selection, len(texts), loaded)
+    keys = metadata(config, task.name, selection, fixed, len(texts), loaded)
     write_gguf(config.outfile, loaded.reference, planned_tensors(loaded, fixed, work), keys, reporter)
     check_written(config.outfile, work)
     predicted = predicted_loss(calibration, selection, config.score, config.seed)
@@ -186,7 +187,12 @@ def upper_bound_bytes(loaded: LoadedModel) -> float:
 
 
 def metadata(
-    config: ExportConfig, task: str, selection: dict[str, TensorSelection], n_samples: int, loaded: LoadedModel
+    config: ExportConfig,
+    task: str,
+    selection: dict[str, TensorSelection],
+    fixed: dict[str, str],
+    n_samples: int,
+    loaded: LoadedModel,
 ) -> dict:
     """Our keys of the GGUF. `tacq.ratio` is the share that was selected; filling the sections keeps a little more."""
     return {
@@ -198,19 +204,26 @@ def metadata(
         "tacq.seq_len": config.seq_len,
         "tacq.base_model": loaded.name,
         "general.quantized_by": "tacq-export",
-        "general.file_type": main_type(selection, loaded).id,  # our llama.cpp prints the type's name for it
+        "general.file_type": main_file_type(selection, fixed, loaded),
         "general.quantization_version": 2,
     }
 
 
-def main_type(selection: dict[str, TensorSelection], loaded: LoadedModel) -> TensorType:
-    """The base type that holds most of the linear weights."""
-    weights: dict[TensorType, int] = {}
+def main_file_type(selection: dict[str, TensorSelection], fixed: dict[str, str], loaded: LoadedModel) -> int:
+    """`general.file_type`: the id of the base type of ours that holds most of the linear weights, of which our
+    llama.cpp prints the name; where none of ours holds any, llama.cpp's number of the stock type that does."""
+    ours: dict[int, int] = {}
+    stock: dict[int, int] = {}
     for tensor in loaded.linear:
         if tensor.name in selection:
-            base = selection[tensor.name].type.base
-            weights[base] = weights.get(base, 0) + tensor.n_weights
-    return max(weights, key=lambda base: (weights[base], -base.id), default=TYPES_BY_NAME["TACQ2"])
+            kind = selection[tensor.name].type.base.id
+            ours[kind] = ours.get(kind, 0) + tensor.n_weights
+        else:
+            name = fixed[tensor.name].upper()
+            kind = int(gguf.LlamaFileType["ALL_F32" if name == "F32" else f"MOSTLY_{name}"])
+            stock[kind] = stock.get(kind, 0) + tensor.n_weights
+    weights = ours or stock
+    return max(weights, key=lambda kind: (weights[kind], -kind))
 
 
 def planned_tensors(loaded: LoadedModel, fixed: dict[str, str], work: WorkDir) -> list[PlannedTensor]:

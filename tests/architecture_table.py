@@ -72,6 +72,8 @@ FOUR = {"num_hidden_layers": 4}
 FULL = {"layer_types": ["full_attention"] * 4}
 YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 32, "rope_theta": 10000.0}
 YARN |= {"beta_fast": 32.0, "beta_slow": 1.0}
+# llama.cpp has one base for all layers, and scales those without a window.
+MELLUM = {"full_attention": YARN, "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0}}
 GPT_OSS = YARN | {"rope_theta": 150000.0, "factor": 32.0, "original_max_position_embeddings": 4096, "truncate": False}
 MINISTRAL = {"llama_4_scaling_beta": 0.1, "mscale": 1.0, "mscale_all_dim": 1.0}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -80,6 +82,7 @@ LONGROPE = {"rope_type": "longrope", "rope_theta": 10000.0}
 LONGROPE |= {"short_factor": [1.0, 1.1, 1.2, 1.3, 1.5, 1.8, 2.0, 2.5]}
 LONGROPE |= {"long_factor": [1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0]}
 MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+GLM4V = MROPE | {"mrope_section": [1, 1, 2], "partial_rotary_factor": 0.5}
 INTERLEAVED = MROPE | {"mrope_interleaved": True}
 
 # Experts, under the names that their configs have for them.
@@ -123,7 +126,7 @@ GRANITE = {"embedding_multiplier": 4.0, "logits_scaling": 2.0, "residual_multipl
 HYBRID = {"layer_types": ["mamba", "attention", "mamba"], "num_hidden_layers": 3}
 GEMMA3 = HEAD | WINDOW | {"num_hidden_layers": 6, "query_pre_attn_scalar": 16}
 # llama.cpp has its 20 layers with keys of their own, its 10 sparse ones and its widths as constants.
-GEMMA3N = HEAD | WINDOW | {"num_hidden_layers": 20, "num_kv_shared_layers": 0, "intermediate_size": [128] * 20}
+GEMMA3N = HEAD | WINDOW | {"num_hidden_layers": 20, "num_kv_shared_layers": 0, "intermediate_size": [2048] * 20}
 GEMMA3N |= {"activation_sparsity_pattern": [0.95] * 10 + [0.0] * 10, "laurel_rank": 64}
 GEMMA3N |= {"layer_types": [("full" if i % 5 == 4 else "sliding") + "_attention" for i in range(20)]}
 PER_LAYER = {"hidden_size_per_layer_input": 32, "vocab_size_per_layer_input": VOCAB}
@@ -227,6 +230,7 @@ ARCHITECTURES: dict[str, Architecture] = dict(
             "MellumForCausalLM",
             "gpt2",
             modern=True,
+            rope_parameters=MELLUM,
             **HEAD,
             **WINDOW,
             **FOUR,
@@ -241,9 +245,21 @@ ARCHITECTURES: dict[str, Architecture] = dict(
             **HEAD,
             **EXPERTS,
             **SHARED,
-            num_attention_heads_per_layer=[4, 4],
+            **FOUR,
+            **WINDOW,
+            layer_types=["full_attention"] + ["sliding_attention"] * 3,
+            num_attention_heads_per_layer=[4] * 4,
         ),
-        text("MiMoV2FlashForCausalLM", "gpt2", **ROUTED, **FOUR, **WINDOW, head_dim=32, v_head_dim=16),
+        text(
+            "MiMoV2FlashForCausalLM",
+            "gpt2",
+            modern=True,
+            **ROUTED,
+            **FOUR,
+            **WINDOW,
+            head_dim=32,
+            v_head_dim=16,
+        ),
         text("HYV3ForCausalLM", "gpt2", modern=True, **HEAD, **EXPERTS, num_shared_experts=1),
         text(
             "Cohere2MoeForCausalLM",
@@ -318,14 +334,14 @@ ARCHITECTURES: dict[str, Architecture] = dict(
             vision=QWEN_VISION,
             modern=True,
             **HEAD,
-            **EXPERTS,
+            **EXPERTS | {"moe_intermediate_size": 128},
             rope_parameters=INTERLEAVED,
         ),
         wrapper("Qwen3_5ForConditionalGeneration", "gpt2", vision=QWEN_VISION, **LINEAR, modern=True),
         wrapper("Llama4ForConditionalGeneration", "gpt2", vision=VISION, **LLAMA4),
         wrapper("SmolVLMForConditionalGeneration", "gpt2", vision=VISION, **HEAD, model_type="llama"),
         wrapper(
-            "Glm4vForConditionalGeneration", "gpt2", vision=QWEN_VISION, modern=True, **HEAD, rope_parameters=MROPE
+            "Glm4vForConditionalGeneration", "gpt2", vision=QWEN_VISION, modern=True, **HEAD, rope_parameters=GLM4V
         ),
         wrapper("Lfm2VlForConditionalGeneration", "gpt2", vision=VISION, **LFM2, model_type="lfm2"),
     ]

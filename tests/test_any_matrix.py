@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from tacq_export import ExportConfig, export
 from tacq_export.errors import TacqError
 from tacq_export.evaluation.verify import compare_models
-from tacq_export.format.gguf_file import open_gguf, tensor_values
+from tacq_export.format.gguf_file import field_value, open_gguf, tensor_values
 from tacq_export.format.inspect_gguf import inspect_gguf
 from tacq_export.runtime.decode_in_c import check_decoding
 
@@ -125,6 +125,8 @@ def test_widths_that_are_no_multiple_of_64(runtime, tmp_path, tiny_task, hidden,
             assert result.bpw_linear <= 4.5
         else:
             assert file.stat().st_size <= 200000
+    all_stock = expected == {"Q8_0": 14}  # 7 is llama.cpp's number of Q8_0 files
+    assert all_stock == (field_value(open_gguf(file), "general.file_type") == 7)
     assert kl(reference, file) < (0.5 if any(kind.startswith("TACQ2") for kind in kinds.values()) else 0.1)
 
 

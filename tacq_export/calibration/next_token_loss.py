@@ -16,16 +16,22 @@ import torch
 from transformers import PreTrainedModel
 
 LOGITS = 1 << 25  # of one piece: 128 MB of float32, and a few times that while the loss is differentiated
+# Of vocabularies beyond 200,000, where gradients of the embedding and the head take as much again, a quarter of that.
+_LARGE_VOCABULARY, _LOGITS_OF_LARGE = 200_000, 1 << 23
 
 
-def backward_loss(model: PreTrainedModel, text: torch.Tensor, begin: int, bf16: bool, logits: int = LOGITS) -> float:
+def backward_loss(
+    model: PreTrainedModel, text: torch.Tensor, begin: int, bf16: bool, logits: int | None = None
+) -> float:
     """Mean next-token cross-entropy of the tokens of `text` from `begin` on, after its backward pass.
 
     text: int64 [tokens], on the model's device. bf16: matrix products in bfloat16. logits: how many may be in memory at
-    once. Hooks at the head's output see the gradients of the pieces one after the other, in the order of the tokens.
+    once, by the size of the vocabulary unless given. Hooks at the head's output see the gradients of the pieces one
+    after the other, in the order of the tokens.
     The sums of a loss in pieces are rounded in another order than those of the whole.
     """
-    tokens_at_once = max(logits // model.config.get_text_config().vocab_size, 1)
+    n_vocab = model.config.get_text_config().vocab_size
+    tokens_at_once = max((logits or (LOGITS if n_vocab <= _LARGE_VOCABULARY else _LOGITS_OF_LARGE)) // n_vocab, 1)
     decoder = model.get_decoder()
     autocast = torch.autocast(text.device.type, torch.bfloat16, enabled=bf16)
     if len(text) <= tokens_at_once or decoder is None or decoder is model:

@@ -43,6 +43,7 @@ from .score_task import GSM8K_TOKENS, TaskScore, retention, score_gsm8k
 from .verify import compare_models, compare_on_text
 
 WINDOW = 512  # tokens of a window of general text
+IMATRIX_TOKENS = 1024  # llama-imatrix refuses less than two windows of 512
 
 
 @dataclass(frozen=True)
@@ -116,10 +117,16 @@ def compare_stock(config: CompareConfig, reporter: Reporter) -> list[Row]:
     texts, begins = tokenize_for_loss(
         config.loss, held_out, tokenizer, config.n_eval, 2048
     )  # may refuse them: before the long work
+    needs_imatrix = bool(config.types is None or config.types or config.emulate)
+    rendered = calibration_text(calibration, tokenizer, config.n_samples, 2048) if needs_imatrix else ""
+    if needs_imatrix and (n := len(tokenizer.encode(rendered, limit=IMATRIX_TOKENS))) < IMATRIX_TOKENS:
+        raise TacqError(
+            f"The calibration text has {n} tokens, and llama-imatrix, which stock types need, wants {IMATRIX_TOKENS}; "
+            "give more or longer examples."
+        )
     files = [export_default(config, reporter)] if config.files is None else list(config.files)
     imatrix = work / "task.imatrix.gguf"
-    if config.types is None or config.types or config.emulate:
-        rendered = calibration_text(calibration, tokenizer, config.n_samples, 2048)
+    if needs_imatrix:
         if not imatrix.is_file():
             make_imatrix(reference, rendered, imatrix, config.threads, reporter)
         elif imatrix.with_suffix(".txt").read_text(encoding="utf-8") != rendered:

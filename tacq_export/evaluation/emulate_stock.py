@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import ctypes
 import math
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ from ..format.inspect_gguf import is_linear
 from ..format.tensor_types import register_with_gguf
 from ..format.write_gguf import PlannedTensor, copied, encode_as, write_gguf
 from ..reporting import Reporter
-from ..runtime.build import runtime_path
+from ..runtime.build import runtime_path, usable_cpus
 from .compare_files import imatrix_importance, plan_stock
 
 # Types that ggml_quantize_chunk writes and gguf-py decodes.
@@ -223,7 +222,7 @@ def write_emulated(
     Raises TacqError: a matrix of experts, one without importance in the imatrix, no space for the file.
     """
     register_with_gguf()
-    threads = threads or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    threads = threads or usable_cpus()
     reader, importance = open_gguf(reference), imatrix_importance(imatrix)
     need_space(
         outfile.parent,

@@ -28,6 +28,7 @@ from ..errors import TacqError
 from ..reporting import Reporter
 from ..runtime.llama_logits import LlamaLogits
 from .gguf_differences import differences, window_lengths
+from .gguf_header import Header
 from .load_model import LoadedModel
 
 KL_LIMIT = 1e-3
@@ -36,7 +37,8 @@ KL_LIMIT = 1e-3
 ERROR_LIMIT = 0.05
 _FIRST = 8  # texts that are looked at
 _TOKENS = 256  # of the text, more where a window needs it
-_LOGITS = 1 << 25  # held at once on each side: 128 MB
+_LOGITS = 1 << 23  # held at once on each side: 32 MB
+_BLOCK = 1 << 18  # compared at once: 1 MB, which the heap gives back
 _BEYOND = 64  # tokens after the end of a window
 
 
@@ -77,6 +79,11 @@ def check_function(
     agreement = measure(loaded, text, threads)
     robust = has_experts(loaded)
     if agreement.holds(robust) and all(agreement.holds(robust, since=length) for length in passed):
+        if (length := _long_rope(loaded)) and max(map(len, texts)) <= length:
+            reporter.say(
+                f"This model has other rope factors in llama.cpp for a context of more than {length} tokens, whatever "
+                f"the length of the text; all texts here are shorter, so run the file with -c {length} or less."
+            )
         reporter.say(
             f"torch and llama.cpp agree on the float model: KL {agreement.kl.mean():.1e} on {agreement.n_tokens} "
             f"tokens, relative error of the logits {agreement.error.mean():.1e}."
@@ -88,6 +95,13 @@ def check_function(
 def has_experts(loaded: LoadedModel) -> bool:
     """True if tokens are routed to experts."""
     return any("_exps." in tensor.name for tensor in loaded.reference.tensors)
+
+
+def _long_rope(loaded: LoadedModel) -> int:
+    """Tokens of context beyond which llama.cpp takes LongRoPE's long factors; 0 if there are none."""
+    if not any(tensor.name.startswith("rope_factors_long") for tensor in loaded.reference.tensors):
+        return 0
+    return Header(loaded.reference).get("rope.scaling.original_context_length") or 0
 
 
 def _choose_text(texts: Sequence[Sequence[int]], lengths: Sequence[int]) -> tuple[list[int], list[int]]:
@@ -144,10 +158,10 @@ def _llama_logits(
 ) -> Iterator[np.ndarray]:
     """float32 [a few positions, vocabulary], in the order of `positions`."""
     with LlamaLogits(loaded.reference_path, len(text), threads) as llama:
-        for begin, logits in llama.chunks(text):
-            inside = positions[(positions >= begin) & (positions < begin + len(logits))] - begin
-            if len(inside):
-                yield logits[inside]
+        for _, logits in llama.chunks(text, wanted=positions):
+            rows = max(_BLOCK // logits.shape[1], 1)
+            for first in range(0, len(logits), rows):
+                yield logits[first : first + rows]
 
 
 def _refusal(loaded: LoadedModel, agreement: Agreement, passed: list[int], robust: bool, from_gguf: bool) -> str:

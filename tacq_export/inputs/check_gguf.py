@@ -37,7 +37,7 @@ def check_gguf(path: Path) -> gguf.GGUFReader:
 
     Raises TacqError for a damaged file, a missing part, another kind of file than a model (adapter, mmproj, imatrix,
     vocabulary), a file of ours, an architecture that llama.cpp does not know or that is no decoder, a tensor type that
-    cannot be decoded, and a size that is missing.
+    cannot be decoded, a size that is missing, and tokens that the embedding has no rows for.
     """
     reader = open_gguf(path)
     architecture, kind = field_value(reader, "general.architecture"), field_value(reader, "general.type")
@@ -67,7 +67,20 @@ def check_gguf(path: Path) -> gguf.GGUFReader:
         if all(field_value(reader, f"{architecture}.{key}") is None for key in keys):
             raise TacqError(f"{path} has no key {architecture}.{keys[0]}; it is damaged or incomplete, fetch it again.")
     _check_types(path, reader)
+    _check_rows(path, reader)
     return reader
+
+
+def _check_rows(path: Path, reader: gguf.GGUFReader) -> None:
+    """The embedding must have a row for each token, or llama.cpp does not load it."""
+    tokens = reader.fields.get("tokenizer.ggml.tokens")
+    rows = next((int(t.shape[-1]) for t in reader.tensors if t.name == "token_embd.weight"), None)
+    if tokens is not None and rows is not None and len(tokens.data) > rows:
+        text = bytes(tokens.parts[tokens.data[rows]]).decode(errors="replace")
+        raise TacqError(
+            f"{path} has {len(tokens.data)} tokens and an embedding of {rows} rows, none for the token {rows} "
+            f"({text!r}); its vocabulary was extended without its weights, so use the original model."
+        )
 
 
 def _check_types(path: Path, reader: gguf.GGUFReader) -> None:

@@ -20,6 +20,7 @@ from ..errors import TacqError
 from ..format.gguf_file import field_value, open_gguf
 from ..reporting import Reporter
 from ..runtime.build import runtime_path
+from .as_converted import fold_multipliers, restore_padding_row
 from .check_source import Source, check_source
 from .convert import convert_to_f16
 from .link_tensors import Linked, LinkedTensor, link_tensors
@@ -91,6 +92,7 @@ def load_model(source: str | Source, workdir: Path, device: str, reporter: Repor
     check_reference_loads(reference_path)
     give_back_memory()
     reference = open_gguf(reference_path)
+    restore_padding_row(model, reference)
     tokenizer = ModelTokenizer(reference_path, reporter.say, reference)
     linear, embedding, head = link_tensors(model, reference, reporter)
     torch.nn.Module.to(model, target)
@@ -115,6 +117,7 @@ def _both_sides(source: Source, reference_path: Path, reporter: Reporter) -> Pre
     with plain_folder(source.checkpoint, reference_path.parent, reporter) as folder:
         # Torch first: what it refuses is refused before the float copy is written.
         model = load_from_hugging_face(folder, reporter)
+        fold_multipliers(model)
         convert_to_f16(
             folder, source.checkpoint.weight_bytes, source.checkpoint.text_architecture, reference_path, reporter
         )

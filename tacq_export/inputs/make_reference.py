@@ -66,14 +66,14 @@ def plain_folder(checkpoint: Checkpoint, workdir: Path, reporter: Reporter) -> I
 _TRY = """
 import sys
 from tacq_export.runtime.llama_logits import LlamaLogits
-with LlamaLogits(sys.argv[1], 1, threads=1) as model:
-    next(model.chunks([0]))
+with LlamaLogits(sys.argv[1], 32, threads=1) as model:
+    next(model.chunks(list(range(min(32, model.n_vocab)))))
 """
 
 
 def check_reference_loads(reference_path: Path) -> None:
-    """Evaluate one token of the float GGUF with our llama.cpp, in a process of its own: it may abort instead of
-    failing.
+    """Evaluate some tokens of the float GGUF with our llama.cpp, in a process of its own: it may abort instead of
+    failing, for some models only where there are several tokens to multiply with.
 
     Raises TacqError with llama.cpp's reason if it does not load or run the file.
     """

@@ -272,6 +272,11 @@ def collect(build: Path, folder: Path, parts: dict) -> None:
     partial.rename(folder)
 
 
+def usable_cpus() -> int:
+    """How many CPUs this process may run on; all of the machine where the system cannot say (macOS)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def runtime_build(
     backend: str = "cpu", jobs: int | None = None, progress: Progress | None = None, say: Say = print
 ) -> Path:
@@ -295,7 +300,7 @@ def runtime_build(
         log = work_dir() / f"build-{backend}.log"
         say("Configuring llama.cpp ...")
         configure(tree, build, backend, log)
-        jobs = jobs or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+        jobs = jobs or usable_cpus()
         say(f"Building llama.cpp with {jobs} jobs (log: {log}) ...")
         command = [
             find_program("cmake", "install it with 'pip install cmake'."),

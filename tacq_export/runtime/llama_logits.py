@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import TacqError
+from .build import usable_cpus
 from .llama_vocab import LlamaVocab
 
 # Tokens decoded at once: bounds memory to CHUNK x vocabulary x 4 bytes a model (155 MB at 152k).
@@ -38,7 +38,7 @@ class LlamaModel(LlamaVocab):
         params.n_ctx = self.n_ctx * sequences
         params.n_seq_max = sequences
         params.n_batch = params.n_ubatch = CHUNK
-        params.n_threads = params.n_threads_batch = threads or len(os.sched_getaffinity(0))
+        params.n_threads = params.n_threads_batch = threads or usable_cpus()
         params.no_perf = True
         self._context = lib.llama_init_from_model(self._model, params)
         if not self._context:
@@ -68,9 +68,10 @@ class LlamaModel(LlamaVocab):
 class LlamaLogits(LlamaModel):
     """A model that is asked for all logits of one text at a time."""
 
-    def chunks(self, tokens: list[int]) -> Iterator[tuple[int, np.ndarray]]:
+    def chunks(self, tokens: list[int], wanted: np.ndarray | None = None) -> Iterator[tuple[int, np.ndarray]]:
         """(first position, float32 [n, n_vocab]) of each chunk of a text; the array is valid until the next chunk.
 
+        wanted: positions, ascending, whose logits alone are computed and given; all of them unless given.
         Raises TacqError for a token outside the vocabulary or a text longer than n_ctx.
         """
         lib, batch = self._lib, self._batch
@@ -85,7 +86,11 @@ class LlamaLogits(LlamaModel):
             piece = tokens[begin : begin + CHUNK]
             batch.n_tokens = len(piece)
             np.ctypeslib.as_array(batch.token, (CHUNK,))[: len(piece)] = piece
-            np.ctypeslib.as_array(batch.pos, (CHUNK,))[: len(piece)] = np.arange(begin, begin + len(piece))
+            places = np.arange(begin, begin + len(piece))
+            np.ctypeslib.as_array(batch.pos, (CHUNK,))[: len(piece)] = places
+            chosen = np.ones(len(piece), bool) if wanted is None else np.isin(places, wanted)
+            np.ctypeslib.as_array(batch.logits, (CHUNK,))[: len(piece)] = chosen
             self._evaluate()
-            logits = lib.llama_get_logits(self._context)
-            yield begin, np.ctypeslib.as_array(logits, (len(piece), self.n_vocab))
+            if chosen.any():
+                logits = lib.llama_get_logits(self._context)
+                yield begin, np.ctypeslib.as_array(logits, (int(chosen.sum()), self.n_vocab))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -113,9 +114,13 @@ def run_arguments(file: Path | str, prompt: str, n_predict: int, ctx_size: int, 
     return [*arguments, "--jinja", "--single-turn", "--no-display-prompt", "--simple-io", "--no-perf", "--no-warmup"]
 
 
+_ERROR = re.compile(r"[\d.]+ E ")  # seconds, and the level of the line
+
+
 def last_error(log: str) -> str:
     """The line of a llama.cpp log that says why it failed."""
     lines = [line.strip() for line in log.splitlines() if line.strip()]
+    lines = [line for line in lines if _ERROR.match(line)] or lines
     causes = [
         line for line in lines if "error" in line.lower() or "invalid" in line.lower() or "failed" in line.lower()
     ]

@@ -53,6 +53,21 @@ def test_statistics_at_the_outputs_are_those_of_the_whole(monkeypatch):
         assert torch.allclose(value, found[name], rtol=1e-3, atol=1e-6 * float(value.max())), name
 
 
+def test_large_vocabularies_have_smaller_pieces(monkeypatch):
+    """135M's and Qwen's are in the pieces that they always were in."""
+    found = []
+    monkeypatch.setattr(
+        torch.nn.functional, "cross_entropy", lambda logits, *_, **more: found.append(len(logits)) or nan
+    )
+    nan = torch.tensor(float("nan"))
+    text = torch.tensor(TEXT * 100)
+    for n_vocab in (49152, 151936, 262144):
+        model = tiny_model("llama")
+        monkeypatch.setattr(model.config, "vocab_size", n_vocab)
+        backward_loss(model, text, 1, False)
+    assert found == [(1 << 25) // 49152, (1 << 25) // 151936, (1 << 23) // 262144]
+
+
 def test_a_loss_that_is_no_number_is_returned():
     model = tiny_model("llama")
     with torch.no_grad():

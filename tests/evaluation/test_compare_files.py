@@ -192,6 +192,13 @@ def test_an_interrupted_comparison_keeps_what_was_measured(config, tmp_path, mon
     assert seen == ["small.gguf", "q4_0-tacq4-tacq4.gguf", "q4_0-tacq4-tacq4.gguf"]
 
 
+def test_a_calibration_text_that_is_too_short_for_an_imatrix_is_refused_before_the_long_work(config, tmp_path):
+    short = replace(config, workdir=tmp_path / "work", files=None, n_samples=2)
+    with pytest.raises(TacqError, match=r"^The calibration text has \d+ tokens, and llama-imatrix, .* wants 1024"):
+        compare_stock(short, Reporter())
+    assert len(compare_stock(replace(short, files=(), types=(), text=None), Reporter())) == 1, "none is needed"
+
+
 def test_scores_of_the_task_and_what_is_retained(config, compared, tmp_path, monkeypatch):
     """And of more questions: only those are asked that were not, whose answers come behind the others'."""
     task = tmp_path / "sums.jsonl"

@@ -96,6 +96,27 @@ def test_a_window_that_llama_cpp_does_not_apply(runtime, tmp_path):
     assert message.endswith("give --seq-len 64 or less, and keep prompts shorter than that when the model runs.")
 
 
+def test_long_rope_factors_hold_beyond_the_original_context(runtime, tmp_path):
+    """Phi-3's: llama.cpp takes its long factors for a context, and torch for a text, that is longer than 256."""
+    short, long = [1 + 0.1 * i for i in range(8)], [1 + 0.5 * i for i in range(8)]
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": short, "long_factor": long}
+    rope["original_max_position_embeddings"] = 256
+    settings = {"rope_parameters": rope, "original_max_position_embeddings": 256, "max_position_embeddings": 1024}
+    loaded = both_sides(*converted(tmp_path, "phi3", **settings))
+    listener = Listener()
+    for text in (TEXT[:200], TEXT):
+        agreement = check_function(loaded, [text], False, 1, listener)
+        assert agreement.n_tokens == len(text) and agreement.kl.mean() < 5e-5
+    rotary = loaded.model.model.rotary_emb
+    rotary.long_inv_freq = rotary.original_inv_freq.detach().clone()  # as if it had no long factors
+    assert check_function(loaded, [TEXT[:200]], False, 1, Reporter()).kl.mean() < 5e-5
+    assert "torch and llama.cpp are not the same model" in refused(loaded, [TEXT], from_gguf=False)
+    assert [line for line in listener.lines if "rope factors" in line] == [
+        "This model has other rope factors in llama.cpp for a context of more than 256 tokens, whatever the length of "
+        "the text; all texts here are shorter, so run the file with -c 256 or less."
+    ]
+
+
 def test_a_text_reaches_beyond_the_window():
     choose = module._choose_text
     assert choose([TEXT[:30], TEXT[:50]], []) == (TEXT[:50], [])

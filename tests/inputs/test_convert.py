@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from tiny_hf import write_bpe_tokenizer, write_model_folder
 from transformers import (
+    AutoTokenizer,
     Gemma3TextConfig,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
@@ -19,6 +21,8 @@ from transformers import (
     NemotronHConfig,
     NemotronHForCausalLM,
     PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     Qwen3NextConfig,
     Qwen3NextForCausalLM,
 )
@@ -27,7 +31,14 @@ from tacq_export.errors import TacqError
 from tacq_export.format.gguf_file import field_value, open_gguf
 from tacq_export.inputs import convert
 from tacq_export.inputs.convert import convert_to_f16
-from tacq_export.inputs.convert_launcher import cut_padding, merged_config, with_older_names
+from tacq_export.inputs.convert_launcher import (
+    _permute_rotated_part,
+    _transpose_packed_experts,
+    _with_own_splitting,
+    cut_padding,
+    merged_config,
+    with_older_names,
+)
 from tacq_export.inputs.make_reference import check_reference_loads
 from tacq_export.reporting import Reporter
 from tacq_export.runtime.llama_logits import LlamaLogits
@@ -133,8 +144,53 @@ def test_older_names_are_added_and_nothing_that_is_there_is_changed():
     falcon = {"model_type": "falcon", "multi_query": True, "num_kv_heads": 71}
     assert with_older_names(falcon)["num_kv_heads"] == 1
     assert with_older_names(falcon | {"new_decoder_architecture": True})["num_kv_heads"] == 71
+    assert with_older_names({"model_type": "afmoe"})["route_norm"] is True
+    assert with_older_names({"model_type": "afmoe", "route_norm": False})["route_norm"] is False
+    plain = {"rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}}
+    assert with_older_names({"model_type": "solar_open"} | plain)["partial_rotary_factor"] == 1.0
+    assert with_older_names({"model_type": "glm4v_text", "rope_parameters": rope})["partial_rotary_factor"] == 0.25
+    assert "partial_rotary_factor" not in with_older_names({"model_type": "glm4"} | plain)
     wrapped = with_older_names({"text_config": {"model_type": "gpt2", "n_positions": 99}})
     assert wrapped["text_config"]["n_ctx"] == 99
+
+
+def test_mimo_has_its_sizes_and_windows_under_the_names_of_its_own_config():
+    rope = {"full_attention": {"rope_theta": 5e6, "partial_rotary_factor": 0.25}, "sliding_attention": {}}
+    kinds = {"layer_types": ["full_attention", "sliding_attention"], "rope_parameters": rope, "swa_head_dim": 7}
+    sizes = {"head_dim": 32, "v_head_dim": 16, "num_attention_heads": 4, "num_key_value_heads": 2}
+    got = with_older_names({"model_type": "mimo_v2_flash"} | kinds | sizes)
+    assert (got["hybrid_layer_pattern"], got["topk_method"], got["swa_head_dim"]) == ([0, 1], "noaux_tc", 7)
+    assert (got["swa_v_head_dim"], got["swa_num_attention_heads"], got["swa_num_key_value_heads"]) == (16, 4, 4)
+    assert got["rope_parameters"] == rope | {"partial_rotary_factor": 0.25} and "partial_rotary_factor" not in rope
+
+
+def test_rows_of_a_half_rotated_head_are_ordered_for_its_rotation():
+    """llama.cpp turns rows 2i and 2i + 1 of a head together; torch turns i and i + half of what is rotated."""
+
+    class Llama:
+        @staticmethod
+        def permute(weights, n_head, n_head_kv):
+            n_head = n_head_kv or n_head
+            return weights.reshape(n_head, 2, len(weights) // n_head // 2, -1).swapaxes(1, 2).reshape(weights.shape)
+
+    _permute_rotated_part(Llama, 4)
+    heads = torch.arange(16.0)[:, None]  # two heads of 8 rows
+    assert Llama.permute(heads, 2, 2)[:, 0].tolist() == [0, 2, 1, 3, 4, 5, 6, 7, 8, 10, 9, 11, 12, 13, 14, 15]
+    assert Llama.permute(heads[:8], 2, 1)[:, 0].tolist() == [0, 2, 1, 3, 4, 5, 6, 7]
+
+
+def test_packed_experts_are_converted_from_either_layout():
+    class Model:
+        hparams = {"hidden_size": 6, "moe_intermediate_size": 4}
+
+        def modify_tensors(self, data, name, block):
+            return tuple(data.shape)
+
+    _transpose_packed_experts(Model)
+    for name, hub in (("gate_up_proj", (3, 6, 8)), ("down_proj", (3, 4, 6))):
+        for shape in (hub, (hub[0], hub[2], hub[1])):
+            assert Model().modify_tensors(torch.zeros(shape), f"model.layers.0.mlp.experts.{name}", 0) == hub
+    assert Model().modify_tensors(torch.zeros(3, 8, 6), "model.layers.0.mlp.gate_up_proj", 0) == (3, 8, 6)
 
 
 def test_configs_of_models_that_work_are_as_they_were():
@@ -174,6 +230,24 @@ def test_the_converters_reasons(tmp_path, monkeypatch):
     assert "AssertionError of 'assert head_dim is not None'" in failing(monkeypatch, log, tmp_path)
     assert "(KeyError: 'n_ctx')" in failing(monkeypatch, "Traceback\nKeyError: 'n_ctx'\n", tmp_path)
     assert "(no output)" in failing(monkeypatch, "", tmp_path)
+
+
+def test_the_tokenizer_is_the_folders_own_and_not_that_of_its_model_type(tmp_path):
+    """transformers 5 splits digits one by one in any folder of a Qwen2."""
+    torch.manual_seed(0)
+    folder = tmp_path / "model"
+    Qwen2ForCausalLM(Qwen2Config(**SIZES)).save_pretrained(folder)
+    write_bpe_tokenizer(folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"add_bos_token": True}))
+    assert len(AutoTokenizer.from_pretrained(folder).encode("33333")) == 5
+    convert_to_f16(folder, 1, None, tmp_path / "reference.gguf", Reporter())
+    reader = open_gguf(tmp_path / "reference.gguf")
+    assert field_value(reader, "tokenizer.ggml.pre") == "gpt-2"
+    auto = SimpleNamespace(from_pretrained=AutoTokenizer.from_pretrained)
+    _with_own_splitting(auto)
+    found = auto.from_pretrained(folder)
+    assert len(found.encode("33333")) == 2 and found.add_bos_token, "BOS is wanted, and not among the tokens"
 
 
 def test_a_tokenizer_that_llama_cpp_does_not_recognize(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import platform
 import re
 import shlex
@@ -36,6 +37,7 @@ from tacq_export.runtime.build import (
     runtime_key,
     runtime_path,
     tool,
+    usable_cpus,
 )
 from tacq_export.runtime.source import cache_dir, fetch_sdist, own_sources, pin, source_tree
 
@@ -451,3 +453,12 @@ def test_only_a_build_copies_our_sources_and_sees_when_they_are_changed(cache, m
     assert runtime_source.is_of_today(work) and not (source_tree_folder / "stale.c").exists()
     (work / "tree.stamp").write_text("another pin")
     assert not runtime_source.is_of_today(work)
+
+
+def test_the_cpus_of_a_system_that_cannot_say_which_are_ours(monkeypatch):
+    """macOS has no sched_getaffinity."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3, 5}, raising=False)
+    assert usable_cpus() == 2
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: 7)
+    assert usable_cpus() == 7

@@ -10,7 +10,7 @@ from tacq_export.format.gguf_file import open_gguf
 from tacq_export.format.write_gguf import copied, write_gguf
 from tacq_export.reporting import Reporter
 from tacq_export.runtime.build import tool
-from tacq_export.runtime.run_model import run, run_arguments
+from tacq_export.runtime.run_model import last_error, run, run_arguments
 
 UNKNOWN = "{% for m in messages %}~~{{ m.role }}~~{{ m.content }}{% endfor %}~~answer~~"
 
@@ -39,3 +39,14 @@ def test_a_model_with_an_unknown_template_runs(strange, runtime):
     command.remove("--jinja")
     without = subprocess.run([*command, "--no-jinja"], stdin=subprocess.DEVNULL, capture_output=True)
     assert without.returncode != 0, "llama.cpp knows it by heart now; this test shows nothing any more"
+
+
+def test_why_a_program_failed_is_what_it_calls_an_error():
+    """llama-imatrix of a short text: a warning comes first."""
+    log = (
+        "0.00.309.817 W llama_context: n_ctx_seq (512) > n_ctx_train (256) -- possible training context overflow\n"
+        "0.00.315.925 E compute_imatrix: you need at least 1024 tokens for a context of 512 tokens\n"
+    )
+    assert last_error(log).endswith("E compute_imatrix: you need at least 1024 tokens for a context of 512 tokens")
+    assert last_error("loading\nerror: no such file\nbye\n") == "error: no such file"
+    assert last_error("") == "no output"
