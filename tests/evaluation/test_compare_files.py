@@ -240,7 +240,7 @@ def test_a_real_score_of_random_weights(config, task):
         answers = [
             json.loads(line) for line in (config.workdir / f"answers-gsm8k-{name}.jsonl").read_text().splitlines()
         ]
-        assert [answer["right"] for answer in answers] == [False, False] and row.cut["gsm8k"] in (1, 2)
+        assert [answer["right"] for answer in answers] == [False, False]
         assert [[m["role"] for m in answer["messages"]] for answer in answers] == [["user", "assistant"]] * 2, (
             "can be a task file"
         )
