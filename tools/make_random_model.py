@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write a folder like those of the Hugging Face hub: a model of a published shape, with random weights and fewer blocks.
+"""Write a folder like those of the Hugging Face hub: a published shape, with random weights and fewer blocks.
 
     make_random_model.py qwen3-30b-a3b FOLDER --blocks 4        128 experts a block, 8 of them for a token
     make_random_model.py llama-3-8b FOLDER --blocks 8
