@@ -18,6 +18,7 @@ import tacq_export
 from tacq_export import ExportConfig, export
 from tacq_export.errors import TacqError
 from tacq_export.inputs import check_source as module
+from tacq_export.inputs.check_gguf import check_gguf
 from tacq_export.inputs.check_source import check_source
 from tacq_export.inputs.convert import converter_architectures
 from tacq_export.reporting import Reporter
@@ -110,6 +111,19 @@ def test_other_kinds_of_gguf(tmp_path, architecture, kind, keys, words):
     for key, value in keys.items():
         writer.add_bool(key, value)
     assert words in refused(written(writer, tmp_path / "x.gguf"))
+
+
+def test_more_tokens_than_rows_of_the_embedding_are_named(tmp_path):
+    for n_tokens in (4, 5):
+        path = tmp_path / f"{n_tokens}.gguf"
+        writer = gguf.GGUFWriter(path, "llama")
+        for add in (writer.add_block_count, writer.add_embedding_length, writer.add_feed_forward_length):
+            add(64)
+        writer.add_head_count(1)
+        writer.add_token_list([f"token{i}" for i in range(n_tokens)])
+        written(writer, path)
+    check_gguf(tmp_path / "4.gguf")
+    assert "has 5 tokens and an embedding of 4 rows, none for the token 4 ('token4'); its" in refused(path)
 
 
 def test_a_gguf_of_a_vocabulary_only(tmp_path):
