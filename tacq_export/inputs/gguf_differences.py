@@ -61,7 +61,7 @@ def window_lengths(reference: gguf.GGUFReader, config: PretrainedConfig) -> list
 def differences(reference: gguf.GGUFReader, model: PreTrainedModel) -> list[str]:
     """What the GGUF holds and the torch model does not use: phrases for a sentence, the likeliest causes first."""
     header, held = Header(reference), attributes(model.config.get_text_config())
-    found = []
+    found = [_IN_THE_CODE[header.architecture]] if header.architecture in _IN_THE_CODE else []
     try:
         expected = attributes(config_from_gguf(reference))
     except TacqError:  # of an architecture that only a folder gives
@@ -85,6 +85,10 @@ def differences(reference: gguf.GGUFReader, model: PreTrainedModel) -> list[str]
     return found
 
 
+# What no key and no tensor shows, by the GGUF's architecture.
+_IN_THE_CODE = {
+    "phimoe": "torch weighs the two experts by SparseMixer, each without its rivals, and llama.cpp by one softmax",
+}
 _COMPARED = (
     "rope_parameters",
     "sliding_window",

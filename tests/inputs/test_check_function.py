@@ -14,6 +14,7 @@ from tacq_export.errors import TacqError
 from tacq_export.format.gguf_file import open_gguf
 from tacq_export.format.write_gguf import copied, write_gguf
 from tacq_export.inputs import check_function as module
+from tacq_export.inputs import gguf_differences
 from tacq_export.inputs.check_function import ERROR_LIMIT, KL_LIMIT, Agreement, check_function, measure
 from tacq_export.reporting import Reporter
 
@@ -158,6 +159,15 @@ def test_a_key_that_nobody_reads_is_named(load_tiny, tmp_path):
     with torch.no_grad():
         loaded.model.model.norm.weight *= 1.5
     assert "llama.wobble, of which tacq-export knows no counterpart" in refused(loaded)
+
+
+def test_what_llama_cpp_computes_otherwise_in_its_code_is_said_first(load_tiny, monkeypatch):
+    assert "SparseMixer" in gguf_differences._IN_THE_CODE["phimoe"]
+    monkeypatch.setitem(gguf_differences._IN_THE_CODE, "llama", "llama.cpp has another sum")
+    loaded = own_copy(load_tiny, "llama")
+    with torch.no_grad():
+        loaded.model.model.norm.weight *= 1.5
+    assert re.search(r"\(limit 0.05\): .*llama.cpp has another sum", refused(loaded))
 
 
 def test_experts_that_flip_are_judged_by_the_median():
