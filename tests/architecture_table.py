@@ -105,7 +105,7 @@ MLA = {"kv_lora_rank": 64, "q_lora_rank": 64, "qk_nope_head_dim": 64, "qk_rope_h
 MLA |= MHA | {"num_hidden_layers": 3}
 DEEPSEEK = MLA | ROUTED | {"n_shared_experts": 1, "first_k_dense_replace": 1}
 GROUPED = {"n_group": 2, "topk_group": 1}
-INDEXER = {"index_topk": 16, "index_head_dim": 32, "index_n_heads": 4}
+INDEXER = {"index_topk": 16, "index_head_dim": 128, "index_n_heads": 4}
 
 # State space, convolutions, linear attention.
 MAMBA2 = {"mamba_n_heads": 4, "mamba_d_head": 32, "mamba_n_groups": 1, "mamba_d_state": 32, "mamba_expand": 2}
