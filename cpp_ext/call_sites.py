@@ -276,25 +276,4 @@ CALL_SITES = [
                 : type == GGML_TYPE_TACQ3 ? MAX_DOT_PRODUCT_ERROR_LOWBIT // measured 0.0161
 """,
     ),
-    # -- ggml-cpu: a bug of gcc 12 and 13 that aborts every program on processors with AMX ------------------------------
-    CallSite(
-        name="tile configuration",
-        file="ggml/src/ggml-cpu/amx/mmq.cpp",
-        inside="inline void ggml_tile_config_init(void) {\n",
-        anchor="    _tile_loadconfig(&tc);\n",
-        where="before",
-        # Their _tile_loadconfig tells the compiler of 8 of the 64 bytes that it reads (gcc bug 114098), and the stores to the others
-        # are dropped: the instruction then faults on what lies on the stack.
-        insert='    __asm__ volatile("" : : "r" (&tc) : "memory"); // gcc 12 drops stores to tc without it\n',
-    ),
-    CallSite(
-        name="three-dimensional weights",
-        file="ggml/src/ggml-cpu/amx/amx.cpp",
-        inside="class extra_buffer_type : ggml::cpu::extra_buffer_type {\n",
-        anchor="        if (op->ne[0] % (TILE_N * 2)) {\n",
-        where="before",
-        # MLA's attn_k_b is put into AMX's buffer, and when the graph is made its input is not contiguous: no backend takes it, and
-        # llama.cpp aborts ("pre-allocated tensor in a buffer that cannot run the operation").
-        insert="        if (src0->ne[2] != 1) { return false; }\n",
-    ),
 ]

@@ -24,6 +24,16 @@ if (NOT MSVC)
     set_source_files_properties(${TACQ_DIR}/tacq-sparse.c TARGET_DIRECTORY ggml-cpu
         PROPERTIES COMPILE_OPTIONS -ffp-contract=off)
 endif()
+# No AMX. ggml configures the tiles of a thread once, and torch, whose threads they are too in a Python program, does it
+# its own way and as often: then either reads tiles of another shape, or faults. gcc 12 cannot configure them at all
+# (bug 114098), and MLA's three-dimensional weights are taken and refused later. Our types have no use for AMX.
+include(CheckCCompilerFlag)
+foreach (part tile int8 bf16)
+    check_c_compiler_flag(-mno-amx-${part} TACQ_COMPILER_KNOWS_AMX_${part})
+    if (TACQ_COMPILER_KNOWS_AMX_${part})
+        target_compile_options(ggml-cpu PRIVATE -mno-amx-${part})
+    endif()
+endforeach()
 # upstream's sources are merged into a few units; ours must not depend on what stands before it there
 set_source_files_properties(${TACQ_DIR}/tacq-load.cpp TARGET_DIRECTORY llama PROPERTIES SKIP_UNITY_BUILD_INCLUSION ON)
 
