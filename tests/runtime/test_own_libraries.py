@@ -3,6 +3,7 @@ llama-cpp-python's handlers for images find libmtmd."""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import subprocess
@@ -79,3 +80,11 @@ def test_a_gguf_is_split_and_merged(runtime, tiny_gguf, tmp_path):
     subprocess.run([split, "--merge", parts[0], tmp_path / "merged.gguf"], check=True, capture_output=True)
     before, after = (gguf.GGUFReader(path) for path in (tiny_gguf, tmp_path / "merged.gguf"))
     assert [(t.name, t.data.tobytes()) for t in before.tensors] == [(t.name, t.data.tobytes()) for t in after.tensors]
+
+
+def test_the_libraries_leave_amx_alone(runtime):
+    """torch configures the same tiles in the same threads: each would read what the other has set (tacq.cmake)."""
+    library = ctypes.CDLL(str(runtime / "libllama.so"))
+    library.llama_print_system_info.restype = ctypes.c_char_p
+    said = library.llama_print_system_info().decode()
+    assert "CPU : " in said and "AMX" not in said
