@@ -4,12 +4,9 @@ reference."""
 
 from __future__ import annotations
 
-import copy
-
 import numpy as np
 import pytest
-import torch
-from tiny_hf import TEXTS, Listener, tiny_model, write_model_folder
+from tiny_hf import LLAMA_SIZES, TEXTS, Listener, odd_width_llama, scaled_llama, tiny_model, write_model_folder
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tacq_export import ExportConfig, export
@@ -18,9 +15,6 @@ from tacq_export.evaluation.verify import compare_models
 from tacq_export.format.gguf_file import field_value, open_gguf, tensor_values
 from tacq_export.format.inspect_gguf import inspect_gguf
 from tacq_export.runtime.decode_in_c import check_decoding
-
-SIZES = {"vocab_size": 320, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-SIZES |= {"max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False}
 
 
 def exported(folder, model, task, **options):
@@ -104,12 +98,7 @@ def test_experts_done_before_an_interruption_count(tmp_path, tiny_task, monkeypa
 )
 def test_widths_that_are_no_multiple_of_64(runtime, tmp_path, tiny_task, hidden, inner, options, expected):
     """Where nothing says how large the file is to be the widest stock type is taken, else the allocation chooses."""
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**SIZES, hidden_size=hidden, intermediate_size=inner)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 2:
-                parameter.normal_(0, 0.08)
+    model = odd_width_llama(hidden, inner)
     reference, file, lines, result = exported(tmp_path, model, tiny_task, **options)
     kinds = types(file)
     stock = {name: kind for name, kind in kinds.items() if name.startswith("blk") and kind[0] in "QF" and kind != "F32"}
@@ -131,13 +120,13 @@ def test_widths_that_are_no_multiple_of_64(runtime, tmp_path, tiny_task, hidden,
 
 
 def test_a_target_that_stock_types_cannot_meet_is_refused(tmp_path, tiny_task):
-    model = LlamaForCausalLM(LlamaConfig(**SIZES, hidden_size=96, intermediate_size=352)).eval()
+    model = LlamaForCausalLM(LlamaConfig(**LLAMA_SIZES, hidden_size=96, intermediate_size=352)).eval()
     with pytest.raises(TacqError, match="--target-bpw 3 cannot be met: with the smallest types it is 4.500 bits"):
         exported(tmp_path, model, tiny_task, target_bpw=3.0)
 
 
 def test_a_type_of_ours_for_a_width_that_it_cannot_have_is_refused(tmp_path, tiny_task):
-    model = LlamaForCausalLM(LlamaConfig(**SIZES, hidden_size=64, intermediate_size=352)).eval()
+    model = LlamaForCausalLM(LlamaConfig(**LLAMA_SIZES, hidden_size=64, intermediate_size=352)).eval()
     with pytest.raises(TacqError) as error:
         exported(tmp_path, model, tiny_task, tensor_types=("ffn_down=tacq3",))
     assert str(error.value) == (
@@ -151,10 +140,7 @@ def test_weights_outside_the_range_of_our_scales_are_held(runtime, tmp_path, tin
     """attn_v scaled up and attn_output as much down leave the function as it was. The relative error of both is that of
     the unscaled ones, or less where they are kept wider, of which a line tells."""
     model = tiny_model("llama")
-    scaled = copy.deepcopy(model)
-    with torch.no_grad():
-        scaled.model.layers[0].self_attn.v_proj.weight *= scale
-        scaled.model.layers[0].self_attn.o_proj.weight /= scale
+    scaled = scaled_llama(scale)
     names = [f"blk.0.attn_{part}.weight" for part in ("v", "output")]
     errors, said = [], []
     for i, each in enumerate((model, scaled)):

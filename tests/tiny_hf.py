@@ -55,6 +55,9 @@ _SIZES = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
+# Of a llama that is given its widths.
+LLAMA_SIZES = {k: v for k, v in _SIZES.items() if k not in ("hidden_size", "intermediate_size", "pad_token_id")}
+LLAMA_SIZES |= {"tie_word_embeddings": False}
 # {name: function that makes the model}; head_dim is 16, so Llama's rows of q and k are really permuted.
 ARCHITECTURES = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**_SIZES, tie_word_embeddings=False)),
@@ -136,6 +139,26 @@ def tiny_model(architecture: str, seed: int = 0) -> PreTrainedModel:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() >= 2:
+                parameter.normal_(0, 0.08)
+    return model
+
+
+def scaled_llama(scale: float) -> PreTrainedModel:
+    """attn_v of block 0 `scale` times larger and attn_output as much smaller: the function is the same."""
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.layers[0].self_attn.v_proj.weight *= scale
+        model.model.layers[0].self_attn.o_proj.weight /= scale
+    return model
+
+
+def odd_width_llama(hidden: int, inner: int) -> PreTrainedModel:
+    """A llama whose rows have `hidden` weights, and `inner` in ffn_down."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**LLAMA_SIZES, hidden_size=hidden, intermediate_size=inner)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
                 parameter.normal_(0, 0.08)
     return model
 

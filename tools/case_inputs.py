@@ -11,7 +11,7 @@ import sentencepiece.sentencepiece_model_pb2 as sentencepiece_model
 import torch
 from safetensors.torch import load_file, save_file
 from sharp_models import write_sharp_folder
-from tiny_hf import SENTENCES, VOCAB, tiny_model, write_model_folder
+from tiny_hf import LLAMA_SIZES, SENTENCES, VOCAB, write_model_folder
 from tiny_vocab import MERGES, write_vocab
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
@@ -41,8 +41,6 @@ TOOL_ROW = {
         {"role": "assistant", "content": "five apples are left"},
     ],
 }
-SIZES = {"vocab_size": VOCAB, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-SIZES |= {"max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False}
 
 
 def write_task(folder: Path, rows: list[dict] | None = None) -> Path:
@@ -87,25 +85,6 @@ def sharp_gguf(folder: Path, **settings: object) -> tuple[PreTrainedModel, Path]
     folder.mkdir(parents=True)
     model = write_sharp_folder(folder / "model", "llama", **settings)
     return model, float_gguf(folder / "model", folder / "model.gguf")
-
-
-def scaled_llama(scale: float) -> PreTrainedModel:
-    """attn_v of block 0 `scale` times larger and attn_output as much smaller: the function is the same."""
-    model = tiny_model("llama")
-    with torch.no_grad():
-        model.model.layers[0].self_attn.v_proj.weight *= scale
-        model.model.layers[0].self_attn.o_proj.weight /= scale
-    return model
-
-
-def odd_width(hidden: int, inner: int) -> PreTrainedModel:
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**SIZES, hidden_size=hidden, intermediate_size=inner)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 2:
-                parameter.normal_(0, 0.08)
-    return model
 
 
 def deepseek_gguf(folder: Path, n_more: int = 0) -> Path:
@@ -153,7 +132,7 @@ def add_pieces(folder: Path, total: int) -> None:
 def large_vocabulary(folder: Path, n_vocab: int) -> Path:
     """A llama of width 64 whose embedding, which is its head as well, is nearly all of it."""
     torch.manual_seed(0)
-    sizes = SIZES | {"vocab_size": n_vocab, "tie_word_embeddings": True, "max_position_embeddings": 2048}
+    sizes = LLAMA_SIZES | {"vocab_size": n_vocab, "tie_word_embeddings": True, "max_position_embeddings": 2048}
     model = LlamaForCausalLM(LlamaConfig(**sizes, hidden_size=64, intermediate_size=128)).eval()
     write_model_folder(folder, "", model=model)
     add_pieces(folder, n_vocab)

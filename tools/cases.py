@@ -23,7 +23,7 @@ from test_split_gguf import split, tensors_of
 from test_text_model import write_wrapper
 from test_tokenizer import llama_tokenize
 from tiny_architectures import write_architecture
-from tiny_hf import write_model_folder
+from tiny_hf import odd_width_llama, scaled_llama, write_model_folder
 
 from tacq_export.format.gguf_file import open_gguf, tensor_values
 from tacq_export.inputs.load_gguf import load_gguf_model
@@ -115,7 +115,7 @@ def scaled(scale: float) -> Callable[[Path], str]:
         names = ["blk.0.attn_v.weight", "blk.0.attn_output.weight"]
         errors, said = [], []
         for part, by in (("plain", 1.0), ("scaled", scale)):
-            model = inputs.scaled_llama(by)
+            model = scaled_llama(by)
             (folder / part).mkdir()
             write_model_folder(folder / part / "model", "", model=model)
             work = folder / part / "work"
@@ -259,7 +259,7 @@ def for_arm(folder: Path) -> str:
 
 def odd_width(hidden: int, inner: int) -> Callable[[Path], str]:
     def check(folder: Path) -> str:
-        write_model_folder(folder / "model", "", model=inputs.odd_width(hidden, inner))
+        write_model_folder(folder / "model", "", model=odd_width_llama(hidden, inner))
         done, outfile = exported(folder, folder / "model", "-w", folder / "work")
         odd = [name for name, kind in types(outfile).items() if name.startswith("blk") and kind == "Q8_0"]
         said = [name for name in odd if re.search(rf"\b{re.escape(name)} has rows of \d+ weights, no mul", done.err)]

@@ -32,7 +32,7 @@ import gguf  # noqa: E402
 import torch  # noqa: E402
 from fetch_models import MODELS, fetch_model  # noqa: E402
 
-from tacq_export.format.block_codec import CODECS, STATES, level_indices  # noqa: E402
+from tacq_export.format.block_codec import CODECS, STATES, level_indices, scale_magnitudes  # noqa: E402
 from tacq_export.format.tensor_types import GROUP_SIZE  # noqa: E402
 from tacq_export.quantization.group_descent import PanelDescent  # noqa: E402
 
@@ -43,8 +43,7 @@ _ORIGIN = (127 - 14) << 23  # a range around the groups' size is enough here
 
 def scales(step: int) -> torch.Tensor:
     """float32 [256]: a sign and 127 magnitudes, `step` patterns of a float apart; byte 0 is 0."""
-    values = (np.uint32(_ORIGIN) + np.arange(128, dtype=np.uint32) * np.uint32(step)).view(np.float32).copy()
-    values[0] = 0
+    values = scale_magnitudes(_ORIGIN, step)
     return torch.from_numpy(np.concatenate([values, -values]))
 
 

@@ -28,6 +28,15 @@ _SCALE_STEP = 7 << 18  # 7/32 octave
 K_MAX = 127
 
 
+def scale_magnitudes(origin: int = _SCALE_ORIGIN, step: int = _SCALE_STEP) -> np.ndarray:
+    """float32 [128]: the scale without sign for each k. The arguments are bit patterns of a float."""
+    values = (
+        (origin + np.arange(K_MAX + 1, dtype=np.uint32) * np.uint32(step)).astype(np.uint32).view(np.float32).copy()
+    )
+    values[0] = 0
+    return values
+
+
 @dataclass(frozen=True)
 class BlockCodec:
     """The numbers of one base type.
@@ -65,10 +74,7 @@ class BlockCodec:
     @cached_property
     def magnitudes(self) -> np.ndarray:
         """float32 [128]: the scale without sign for each k."""
-        patterns = _SCALE_ORIGIN + np.arange(K_MAX + 1, dtype=np.uint32) * np.uint32(_SCALE_STEP)
-        values = patterns.astype(np.uint32).view(np.float32).copy()
-        values[0] = 0
-        return values
+        return scale_magnitudes()
 
     @cached_property
     def scale_of_byte(self) -> np.ndarray:

@@ -26,7 +26,7 @@ def held_peaks() -> tuple[float, float]:
     rounds the group as well as any other.
 
     Below magnitudes[1] times the largest level, the smallest scale that there is is too large; above magnitudes[-1]
-    times it the group is clipped. About 3e-7 and 53 in format version 2.
+    times it the group is clipped. About 3e-7 and 56 in format version 2.
     """
     ends = [
         (float(codec.magnitudes[1]) * codec.largest, float(codec.magnitudes[-1]) * codec.largest)

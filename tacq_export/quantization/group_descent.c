@@ -64,18 +64,11 @@ static float try_bytes(const struct tacq_descent * t, const float * inv_h, const
 // Scale bytes worth trying for a group whose largest quantized weight is `peak`: both signs, a window of scales.
 static int candidates(const struct tacq_descent * t, float peak, uint8_t * bytes) {
     const float top = fmaxf(fabsf(t->levels[0]), fabsf(t->levels[LEVELS - 1]));
-    int n = 0, k_high = 1;
+    int k_high = 1;
     while (k_high < 127 && t->scale_of_byte[k_high]*top < peak) {
         k_high++;
     }
-    for (int sign = 0; sign < 2; sign++) {
-        for (int k = k_high - t->below; k <= k_high + t->above; k++) {
-            if (k >= 1 && k <= 127) {
-                bytes[n++] = (uint8_t) (sign << 7 | k);
-            }
-        }
-    }
-    return n;
+    return bytes_of_scales(k_high - t->below, k_high + t->above, bytes);
 }
 
 // The group of one row.

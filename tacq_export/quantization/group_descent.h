@@ -50,5 +50,18 @@ struct tacq_trellis {
     int32_t diagonal;              // no error adds to another
 };
 
+// The bytes of both signs of the scales first .. last, as far as there are such; returns how many.
+static inline int bytes_of_scales(int first, int last, uint8_t * bytes) {
+    int n = 0;
+    for (int sign = 0; sign < 2; sign++) {
+        for (int k = first; k <= last; k++) {
+            if (k >= 1 && k <= 127) {
+                bytes[n++] = (uint8_t) (sign << 7 | k);
+            }
+        }
+    }
+    return n;
+}
+
 void tacq_descend        (const struct tacq_descent * t, int64_t first_row, int64_t end_row);
 void tacq_descend_trellis(const struct tacq_descent * t, int64_t first_row, int64_t end_row);

@@ -160,15 +160,7 @@ static int candidates(const struct tacq_descent * t, const struct tacq_trellis *
         for (first = 1; first < 127 && t->scale_of_byte[first] < usual; first++) {}
         for (last = first; last + t->above < 127 && t->scale_of_byte[last + t->above] < widest; last++) {}
     }
-    n = 0;
-    for (int sign = 0; sign < 2; sign++) {
-        for (int k = first - t->below; k <= last + t->above; k++) {
-            if (k >= 1 && k <= 127) {
-                bytes[n++] = (uint8_t) (sign << 7 | k);
-            }
-        }
-    }
-    return n;
+    return bytes_of_scales(first - t->below, last + t->above, bytes);
 }
 
 // The errors of a path, those of kept weights as the search left them.
